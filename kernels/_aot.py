@@ -1,0 +1,108 @@
+"""Compile the kernels for GPUs that are not at hand, and read what the compiler made of them.
+
+Every kernel file lists its compile variants in a module constant ``AOT_VARIANTS``. `inspect_variant` runs Triton's own
+pipeline for a target, assembles the PTX with the bundled ``ptxas`` and disassembles it with ``cuobjdump``.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from medvl_sam2.kernels._common import HAS_TRITON, INTERPRETED
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way a kernel is compiled.
+
+    Attributes:
+        name: Unique within the kernel file, for instance ``"fwd-bf16"``.
+        kernel: The ``@triton.jit`` function.
+        signature: Type of each run-time argument: ``"*bf16"``, ``"i32"``, ``"i64"``, ``"fp32"``. A trailing ``":16"``
+            tells the compiler that the pointer or number is divisible by 16, as Triton finds out at a launch.
+        constexprs: Value of each compile-time argument.
+        num_warps: Warps per program.
+        num_stages: Software pipeline depth.
+        wgmma: Whether Hopper's matrix instructions must appear on sm_90.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    wgmma: bool = False
+
+
+def all_variants() -> dict[str, Variant]:
+    """Collect ``AOT_VARIANTS`` of every kernel file, keyed ``file/variant``."""
+    variants = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        for variant in getattr(import_module(f"medvl_sam2.kernels.{path.stem}"), "AOT_VARIANTS", ()):
+            key = f"{path.stem}/{variant.name}"
+            assert key not in variants, f"two compile variants are called {key}"
+            variants[key] = variant
+    return variants
+
+
+def inspect_variant(variant: Variant, capability: int) -> dict[str, int]:
+    """Compile one variant for ``sm_<capability>`` and count what matters.
+
+    Returns:
+        registers, spills (bytes stored and loaded), shared (bytes), instructions, and the numbers of HGMMA (wgmma),
+        HMMA (mma.sync), local loads and stores, and 128-bit global loads (synchronous or not).
+    """
+    if not HAS_TRITON or INTERPRETED:
+        raise RuntimeError("compiling ahead of time needs triton, and not its interpreter")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for position, argument in enumerate(variant.kernel.arg_names):
+        kind = variant.signature.get(argument, "constexpr")
+        if kind.endswith(":16"):
+            kind = kind.removesuffix(":16")
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        signature[argument] = kind
+    source = ASTSource(variant.kernel, signature, variant.constexprs, attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {"shared": compiled.metadata.shared, **_assemble(compiled.asm["ptx"], capability)}
+
+
+def _tool(name: str) -> str:
+    from triton.backends import nvidia
+
+    return str(Path(nvidia.__file__).parent / "bin" / name)
+
+
+def _assemble(ptx: str, capability: int) -> dict[str, int]:
+    arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [_tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(binary)]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [_tool("cuobjdump"), "--dump-sass", str(binary)]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+    heads = Counter(name.split(".")[0] for name in instructions)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spills": spills,
+        "instructions": len(instructions),
+        "hgmma": heads["HGMMA"],
+        "hmma": heads["HMMA"],
+        "local": heads["LDL"] + heads["STL"],
+        "wide_loads": sum(1 for n in instructions if n.startswith(("LDG", "LDGSTS")) and ".128" in n),
+    }
