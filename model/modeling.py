@@ -1,0 +1,214 @@
+"""MedVL-SAM2: the parts joined, and their files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from medvl_sam2.model.config import MedVLConfig
+from medvl_sam2.model.language import LanguageModel
+from medvl_sam2.model.presets import PRESETS, preset
+from medvl_sam2.model.projector import build_projector
+from medvl_sam2.model.prompts import ChatTokens
+from medvl_sam2.model.sam2 import SAM2
+from medvl_sam2.model.seg_bridge import SegBridge, seg_positions
+from medvl_sam2.model.vision import VisionEncoder
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+_PARTS = "model.safetensors"
+_BASE, _ADAPTER = "language", "adapter"
+
+
+@dataclass
+class LanguageOutput:
+    """Result of a text forward.
+
+    Attributes:
+        hidden: (B, T, H) last-layer states after the final norm.
+        loss: Mean cross-entropy over the labelled positions, or None.
+    """
+
+    hidden: Tensor
+    loss: Tensor | None
+
+
+class MedVLSAM2(nn.Module):
+    """3D ViT -> projector -> LLM with LoRA -> [SEG] -> SAM2.
+
+    Args:
+        config: Shapes of all parts.
+        tokenizer: Needed for conversations; None for shape-only uses.
+        language: A ready LLM; built with random weights when None.
+    """
+
+    def __init__(
+        self,
+        config: MedVLConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        language: LanguageModel | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        hidden = config.language.hidden_size
+        self.vision = VisionEncoder(config.volume, config.vision)
+        self.projector = build_projector(config.projector, config.volume.tokens, config.vision.hidden_size, hidden)
+        self.language = language or LanguageModel(config.language, config.lora)
+        self.seg_bridge = SegBridge(hidden, config.sam2.d_model)
+        self.sam2 = SAM2(config.sam2)
+
+    @property
+    def chat(self) -> ChatTokens:
+        """Token ids of conversations about one scan."""
+        return ChatTokens(self.tokenizer, self.config.language.system, self.config.projector.tokens)
+
+    def visual_tokens(self, volume: Tensor) -> Tensor:
+        """(B, 1, D, H, W) in 0-1 -> (B, tokens, H) rows for the LLM."""
+        return self.projector(self.vision(volume))
+
+    def sequence(self, input_ids: Tensor, visual: Tensor) -> Tensor:
+        """Input embeddings with the visual rows in place of <IMG_CONTEXT>.
+
+        Args:
+            input_ids: (B, T), each row with exactly `tokens` placeholders.
+            visual: (B, tokens, H).
+
+        Returns:
+            (B, T, H).
+        """
+        embeds = self.language.embed(input_ids)
+        place = (input_ids == self.chat.context_id)[..., None].expand_as(embeds)
+        return embeds.masked_scatter(place, visual.to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        visual: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> LanguageOutput:
+        """Text forward.
+
+        Args:
+            input_ids: (B, T) with <IMG_CONTEXT> placeholders.
+            visual: (B, tokens, H) from `visual_tokens`.
+            attention_mask: (B, T) padding mask or (B, 1, T, T) additive mask, as in transformers.
+            position_ids: (B, T).
+            labels: (B, T) target of each position, -100 where none; position t is scored on labels[t + 1].
+        """
+        hidden, _ = self.language.hidden(
+            self.sequence(input_ids, visual),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+        loss = None
+        if labels is not None:
+            # Only labelled positions meet the vocabulary: the logits of the rest would be the largest tensor here.
+            scored = labels[:, 1:] != -100
+            logits = self.language.logits(hidden[:, :-1][scored]).float()
+            loss = nn.functional.cross_entropy(logits, labels[:, 1:][scored])
+        return LanguageOutput(hidden, loss)
+
+    def seg_prompts(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """Sparse prompts of all [SEG] tokens in reading order.
+
+        Args:
+            hidden: (B, T, H) of `forward`.
+            input_ids: (B, T).
+
+        Returns:
+            (N, 1, d).
+        """
+        sample, position = seg_positions(input_ids, self.config.language.seg_token_id, self.config.seg.convention)
+        return self.seg_bridge(hidden[sample, position])
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json, model.safetensors, the LLM's base, the LoRA adapter and the tokenizer."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.config.save(directory)
+        parts = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("language.peft.")}
+        save_file(parts, directory / _PARTS, metadata={"format": "pt"})
+        self.language.peft.save_pretrained(directory / _ADAPTER)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+        self._save_base(directory / _BASE)
+
+    def _save_base(self, directory: Path) -> None:
+        base = {
+            key.replace(".base_layer.", "."): value
+            for key, value in self.language.causal.state_dict().items()
+            if ".lora_" not in key
+        }
+        config = self.language.causal.config
+        if config.tie_word_embeddings:
+            base.pop("lm_head.weight")
+        directory.mkdir(exist_ok=True)
+        config.save_pretrained(directory)
+        save_file({k: v.contiguous() for k, v in base.items()}, directory / _PARTS, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, dtype: torch.dtype | None = None) -> "MedVLSAM2":
+        """Load a preset with shipped weights or a model directory.
+
+        Args:
+            name: "tiny", or a directory written by `save_pretrained` or `medvl-sam2 convert`.
+            dtype: Of the weights in memory; the files' own when None.
+
+        Raises:
+            ValueError: No such model, or the files do not fit the config.
+        """
+        directory = _model_directory(name)
+        config = MedVLConfig.load(directory)
+        base = AutoModelForCausalLM.from_pretrained(directory / _BASE, dtype=dtype or "auto")
+        language = LanguageModel(config.language, config.lora, base)
+        if (directory / _ADAPTER).is_dir():
+            language.peft = PeftModel.from_pretrained(
+                language.peft.unload(), directory / _ADAPTER, is_trainable=True, autocast_adapter_dtype=False
+            )
+        model = cls(config, AutoTokenizer.from_pretrained(directory), language)
+        model.load_parts(load_file(directory / _PARTS), str(directory / _PARTS))
+        return model.to(dtype).eval() if dtype else model.eval()
+
+    def load_parts(self, state: dict[str, Tensor], source: str) -> None:
+        """Load everything but the LLM strictly.
+
+        Raises:
+            ValueError: Missing, unexpected or mis-shaped keys, all listed.
+        """
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("language.peft.")}
+        faults = [f"missing {k}" for k in own if k not in state]
+        faults += [f"unexpected {k}" for k in state if k not in own]
+        faults += [
+            f"{k} expected {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
+            for k in own
+            if k in state and own[k].shape != state[k].shape
+        ]
+        if faults:
+            raise ValueError(f"{source}: expected weights of preset {self.config.name!r}: " + "; ".join(faults))
+        self.load_state_dict(state, strict=False)
+
+
+def _model_directory(name: str | Path) -> Path:
+    directory = WEIGHTS / str(name) if str(name) in PRESETS else Path(name)
+    if (directory / "config.json").is_file():
+        try:
+            json.loads((directory / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{directory / 'config.json'}: expected JSON, got {error}") from error
+        return directory
+    if str(name) in PRESETS:
+        preset(str(name))
+        raise ValueError(
+            f"model: preset {name!r} ships no weights; build a model directory from the public checkpoints with "
+            "`medvl-sam2 convert` and give its path"
+        )
+    raise ValueError(f"model: expected a preset ({', '.join(PRESETS)}) or a model directory, got {str(name)!r}")
