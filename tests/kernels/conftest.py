@@ -22,6 +22,18 @@ for _folder in (_TESTS, _TESTS / "kernels"):
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _outcomes: dict[Path, dict[str, tuple[str, str]]] = {}
 
+if INTERPRETED:
+    from triton.runtime import interpreter as _interpreter
+
+    _patch_lang_tensor = _interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor_for_numpy(tensor, scope):
+        # Triton 3.6 takes int() of a one-element array for loop bounds, which NumPy 2.4 no longer allows.
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    _interpreter._patch_lang_tensor = _patch_lang_tensor_for_numpy
+
 
 def _run_interpreted(item: pytest.Function) -> dict[str, tuple[str, str]]:
     chosen = [i.nodeid for i in item.session.items if i.path == item.path and i.get_closest_marker("interpret")]
