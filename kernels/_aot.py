@@ -1,11 +1,16 @@
 """Compile the kernels for GPUs that are not at hand, and read what the compiler made of them.
 
 Every kernel file lists its compile variants in a module constant ``AOT_VARIANTS``. `inspect_variant` runs Triton's own
-pipeline for a target, assembles the PTX with the bundled ``ptxas`` and disassembles it with ``cuobjdump``.
+pipeline for a target, assembles the PTX with the bundled ``ptxas`` and disassembles it with ``cuobjdump``. The findings
+are kept as a golden file that a test compares with; after a change that is meant, rewrite it with::
+
+    python -m medvl_sam2.kernels._aot tests/kernels/aot_golden.json
 """
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -79,6 +84,19 @@ def inspect_variant(variant: Variant, capability: int) -> dict[str, int]:
     return {"shared": compiled.metadata.shared, **_assemble(compiled.asm["ptx"], capability)}
 
 
+def write_golden(path: Path) -> None:
+    """Inspect every variant for every target and keep the findings in `path`."""
+    import triton
+
+    findings = {
+        f"{key}@sm_{capability}": inspect_variant(variant, capability)
+        for key, variant in all_variants().items()
+        for capability in SHARED_LIMIT
+    }
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in findings.items())
+    path.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "findings": {{\n{lines}\n}}}}\n')
+
+
 def _tool(name: str) -> str:
     from triton.backends import nvidia
 
@@ -106,3 +124,7 @@ def _assemble(ptx: str, capability: int) -> dict[str, int]:
         "local": heads["LDL"] + heads["STL"],
         "wide_loads": sum(1 for n in instructions if n.startswith(("LDG", "LDGSTS")) and ".128" in n),
     }
+
+
+if __name__ == "__main__":
+    write_golden(Path(sys.argv[1]))

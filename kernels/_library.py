@@ -34,7 +34,7 @@ def define_op(
 
     Args:
         name: Operation name; a backward is by custom ``<op>_bwd``.
-        reference: Plain torch. Runs on the CPU, and on CUDA whenever Triton may not.
+        reference: Plain torch. Runs on the CPU, and on CUDA whenever Triton may not, as with any float64 tensor.
         launch: Host function that launches the Triton kernels; None when the operation has no kernel.
         fake: Returns empty outputs for shape propagation.
         backward: ``backward(ctx, *grads)``; must itself be traceable, so it calls another operation or plain torch.
@@ -50,8 +50,9 @@ def define_op(
     schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates_args))
 
     def on_cuda(*args: Any, **options: Any) -> Any:
-        device = next((a.device for a in (*args, *options.values()) if isinstance(a, torch.Tensor)), None)
-        if launch is None or why_not_triton(switch, device):
+        tensors = [a for a in (*args, *options.values()) if isinstance(a, torch.Tensor)]
+        exact = any(tensor.dtype == torch.float64 for tensor in tensors)
+        if launch is None or exact or why_not_triton(switch, tensors[0].device):
             return reference(*args, **options)
         return launch(*args, **options)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 
 @dataclass
@@ -71,3 +72,42 @@ def count_traffic() -> Iterator[Traffic]:
     finally:
         for name, original in originals.items():
             setattr(InterpreterBuilder, name, original)
+
+
+def huge(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Make a tensor that claims any amount of memory and owns one element; only for `addresses_only`."""
+    one = torch.zeros(1, dtype=dtype).numpy()
+    steps = tuple(stride * one.itemsize for stride in strides)
+    return torch.from_numpy(np.lib.stride_tricks.as_strided(one, shape, steps))
+
+
+@dataclass
+class Addresses:
+    """Addresses of the launches inside `addresses_only`."""
+
+    loads: set[int] = field(default_factory=set)
+    stores: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def addresses_only() -> Iterator[Addresses]:
+    """Note where interpreted launches would load and store, and touch nothing; loads give `other` or zero."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+    addresses = Addresses()
+    originals = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def load(self, pointers, mask, other, *rest):
+        addresses.loads.update(int(a) for a in np.unique(pointers.data[mask.data.astype(bool)]))
+        kind = pointers.get_element_ty()
+        zeros = np.zeros_like(pointers.data, dtype=_get_np_dtype(kind))
+        return TensorHandle(zeros if other is None else other.data, kind)
+
+    def store(self, pointers, value, mask, *rest):
+        addresses.stores.update(int(a) for a in np.unique(pointers.data[mask.data.astype(bool)]))
+
+    try:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        yield addresses
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = originals
