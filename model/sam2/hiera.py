@@ -1,0 +1,141 @@
+"""Hiera image trunk (arXiv 2306.00989) as SAM2 uses it, with the official parameter names."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvl_sam2.model.sam2.config import SAM2Config
+from medvl_sam2.model.sam2.layers import MLP
+
+
+def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut (B, H, W, C) into windows (B*n, window, window, C), zero-padded; also return the padded height and width."""
+    b, h, w, c = x.shape
+    pad_h, pad_w = -h % window, -w % window
+    if pad_h or pad_w:
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    rows, columns = (h + pad_h) // window, (w + pad_w) // window
+    x = x.view(b, rows, window, columns, window, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, window, window, c), (h + pad_h, w + pad_w)
+
+
+def window_unpartition(x: Tensor, window: int, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Undo :func:`window_partition`: windows back to (B, H, W, C), the padding cut off."""
+    rows, columns = padded[0] // window, padded[1] // window
+    x = x.view(-1, rows, columns, window, window, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
+    x = x.reshape(-1, *padded, x.shape[-1])
+    return x[:, : size[0], : size[1]]
+
+
+def pool2x2(x: Tensor) -> Tensor:
+    """Max-pool (B, H, W, C) by 2 in height and width."""
+    return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+
+
+class MultiScaleAttention(nn.Module):
+    """Attention inside each window; ``pool`` takes the maximum of the queries over 2x2 and so halves the grid."""
+
+    def __init__(self, dim: int, dim_out: int, num_heads: int, pool: bool) -> None:
+        super().__init__()
+        self.num_heads, self.pool = num_heads, pool
+        self.qkv = nn.Linear(dim, dim_out * 3)
+        self.proj = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map windows (N, H, W, dim) to (N, H', W', dim_out)."""
+        n, h, w, _ = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.pool:
+            q = pool2x2(q)
+            h, w = h // 2, w // 2
+        q, k, v = (t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(n, h, w, -1))
+
+
+class MultiScaleBlock(nn.Module):
+    """Pre-norm block: attention in windows (``window`` 0: over the whole grid), then an MLP of four times the width."""
+
+    def __init__(self, dim: int, dim_out: int, num_heads: int, window: int, pool: bool) -> None:
+        super().__init__()
+        self.window, self.pool = window, pool
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = MultiScaleAttention(dim, dim_out, num_heads, pool)
+        self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
+        self.mlp = MLP(dim_out, 4 * dim_out, dim_out, num_layers=2, gelu=True)
+        if dim != dim_out:
+            self.proj = nn.Linear(dim, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, dim) to (B, H', W', dim_out)."""
+        shortcut, x = x, self.norm1(x)
+        if hasattr(self, "proj"):
+            shortcut = self.proj(x)
+            shortcut = pool2x2(shortcut) if self.pool else shortcut
+        if self.window:
+            x, padded = window_partition(x, self.window)
+            x = self.attn(x)
+            factor = 2 if self.pool else 1
+            padded = (padded[0] // factor, padded[1] // factor)
+            x = window_unpartition(x, self.window // factor, padded, shortcut.shape[1:3])
+        else:
+            x = self.attn(x)
+        x = shortcut + x
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """7x7 convolution of stride 4 from RGB; the result is (B, H/4, W/4, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=7, stride=4, padding=3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed (B, 3, H, W)."""
+        return self.proj(images).permute(0, 2, 3, 1)
+
+
+class Hiera(nn.Module):
+    """Four stages at strides 4, 8, 16, 32; each doubles the width and the heads of the one before."""
+
+    def __init__(self, config: SAM2Config) -> None:
+        super().__init__()
+        dim, heads = config.embed_dim, config.num_heads
+        self.patch_embed = PatchEmbed(dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, dim, *config.background_size))
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, dim, config.window_spec[0], config.window_spec[0]))
+        ends = [sum(config.stages[: i + 1]) - 1 for i in range(4)]
+        self.stage_ends = tuple(ends)
+        self.blocks = nn.ModuleList()
+        stage = 0
+        for index in range(ends[-1] + 1):
+            # The first block of a stage still works on the windows of the stage before, and pools.
+            window = 0 if index in config.global_blocks else config.window_spec[stage]
+            pool = index - 1 in ends
+            dim_out = 2 * dim if pool else dim
+            if pool:
+                heads, stage = 2 * heads, stage + 1
+            self.blocks.append(MultiScaleBlock(dim, dim_out, heads, window, pool))
+            dim = dim_out
+        self.channels = tuple(config.embed_dim * 2**i for i in range(4))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed_window, std=0.02)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:
+        """Learned positions (1, height, width, C): the background grid interpolated, plus the tiled window."""
+        background = F.interpolate(self.pos_embed, size=(height, width), mode="bicubic")
+        window = self.pos_embed_window
+        window = window.tile(1, 1, height // window.shape[2], width // window.shape[3])
+        return (background + window).permute(0, 2, 3, 1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Encode (B, 3, H, W) into four maps (B, C_i, H_i, W_i), finest first, channels-last in memory."""
+        x = self.patch_embed(images)
+        x = x + self.position_embedding(x.shape[1], x.shape[2])
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.stage_ends:
+                outputs.append(x.permute(0, 3, 1, 2))
+        return outputs

@@ -1,0 +1,167 @@
+"""SAM2's memory: the encoder that turns a predicted mask into memory tokens, and the attention that reads them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvl_sam2.model.sam2.config import SAM2Config
+from medvl_sam2.model.sam2.layers import LayerNorm2d, apply_rope, multi_head_attention, rope_tables, sine_position
+
+
+class MaskDownSampler(nn.Module):
+    """Four 3x3 convolutions of stride 2 (1 -> 4 -> 16 -> 64 -> 256 channels) and a 1x1 to ``dim``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential()
+        channels = 1
+        for _ in range(4):
+            self.encoder.append(nn.Conv2d(channels, 4 * channels, kernel_size=3, stride=2, padding=1))
+            self.encoder.append(LayerNorm2d(4 * channels))
+            self.encoder.append(nn.GELU())
+            channels *= 4
+        self.encoder.append(nn.Conv2d(channels, dim, kernel_size=1))
+
+    def forward(self, masks: Tensor) -> Tensor:
+        """Map masks (B, 1, R, R) to (B, dim, R/16, R/16)."""
+        return self.encoder(masks)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7 convolution, norm, and an MLP over the channels with a learned scale."""
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = LayerNorm2d(dim)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(scale * torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        y = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
+        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+class Fuser(nn.Module):
+    """ConvNeXt blocks in a row."""
+
+    def __init__(self, dim: int, num_layers: int, scale: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ConvNeXtBlock(dim, scale) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class MemoryEncoder(nn.Module):
+    """Fuses a mask with the image features of its slice into memory tokens."""
+
+    def __init__(self, config: SAM2Config) -> None:
+        super().__init__()
+        self.mask_downsampler = MaskDownSampler(config.d_model)
+        self.pix_feat_proj = nn.Conv2d(config.d_model, config.d_model, kernel_size=1)
+        self.fuser = Fuser(config.d_model, config.fuser_layers, config.fuser_layer_scale)
+        self.out_proj = nn.Conv2d(config.d_model, config.mem_dim, kernel_size=1)
+
+    def forward(self, vision: Tensor, masks: Tensor) -> Tensor:
+        """Encode a memory.
+
+        Args:
+            vision: Image features (B or 1, d, h, w); one slice serves all objects.
+            masks: Scaled mask probabilities (B, 1, R, R).
+
+        Returns:
+            Tokens (B, h*w, mem_dim), row by row.
+        """
+        x = self.fuser(self.pix_feat_proj(vision) + self.mask_downsampler(masks))
+        return self.out_proj(x).flatten(2).transpose(1, 2)
+
+
+class RoPEAttention(nn.Module):
+    """Attention with rotary positions on queries and keys; keys may be several grids in a row, and unplaced tokens."""
+
+    def __init__(self, dim: int, kv_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(kv_dim, dim)
+        self.v_proj = nn.Linear(kv_dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, num_unplaced: int = 0) -> Tensor:
+        """Attend from q (B, N, dim) to k, v (B, M, kv_dim), N a square grid.
+
+        The last ``num_unplaced`` keys have no place in the grid (object pointers) and are not turned.
+        """
+        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        cos, sin = rope_tables(round(q.shape[1] ** 0.5), q.shape[-1], q.device)
+        placed = k.shape[1] - num_unplaced
+        grids = apply_rope(k[:, :placed].unflatten(1, (-1, q.shape[1])), cos, sin).flatten(1, 2)
+        k = torch.cat((grids, k[:, placed:]), dim=1) if num_unplaced else grids
+        q = apply_rope(q, cos, sin)
+        out = multi_head_attention(q, k, v, num_heads=1, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(out)
+
+
+class MemoryAttentionLayer(nn.Module):
+    """Pre-norm layer: self-attention over the slice, cross-attention to the memories, MLP."""
+
+    def __init__(self, config: SAM2Config) -> None:
+        super().__init__()
+        dim, dropout = config.d_model, config.memory_dropout
+        self.self_attn = RoPEAttention(dim, dim, dropout)
+        self.cross_attn_image = RoPEAttention(dim, config.mem_dim, dropout)
+        self.linear1 = nn.Linear(dim, config.memory_ffn)
+        self.linear2 = nn.Linear(config.memory_ffn, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def self_attention(self, x: Tensor) -> Tensor:
+        """Residual self-attention on (B, h*w, d); it reads no memory, so it can be shared between objects."""
+        y = self.norm1(x)
+        return x + self.dropout(self.self_attn(y, y, y))
+
+    def cross_attention(self, x: Tensor, memory: Tensor, position: Tensor, num_pointer_tokens: int) -> Tensor:
+        """Residual cross-attention to ``memory`` (B, M, mem_dim); positions are added to the keys alone."""
+        y = self.cross_attn_image(self.norm2(x), memory + position, memory, num_pointer_tokens)
+        return x + self.dropout(y)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Residual MLP."""
+        y = self.linear2(self.dropout(F.relu(self.linear1(self.norm3(x)))))
+        return x + self.dropout(y)
+
+
+class MemoryAttention(nn.Module):
+    """Conditions the image features of a slice on memory tokens and object pointers."""
+
+    def __init__(self, config: SAM2Config) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MemoryAttentionLayer(config) for _ in range(config.memory_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def prepare(self, vision: Tensor) -> Tensor:
+        """The part that reads no memory: (S, d, h, w) to tokens (S, h*w, d) after the first self-attention.
+
+        Exact to compute once per slice for all objects, and for many slices at a time.
+        """
+        position = sine_position(vision.shape[-1], vision.shape[1], vision.device)
+        x = vision.flatten(2).transpose(1, 2) + (0.1 * position).to(self.norm.weight.dtype)
+        return self.layers[0].self_attention(x)
+
+    def attend(self, prepared: Tensor, memory: Tensor, position: Tensor, num_pointer_tokens: int) -> Tensor:
+        """The rest: tokens (B or 1, h*w, d) from :meth:`prepare` and memories (B, M, mem_dim) to (B, h*w, d)."""
+        x = prepared.expand(memory.shape[0], -1, -1)
+        for index, layer in enumerate(self.layers):
+            x = layer.self_attention(x) if index else x
+            x = layer.cross_attention(x, memory, position, num_pointer_tokens)
+            x = layer.feed_forward(x)
+        return self.norm(x)
