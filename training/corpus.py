@@ -14,31 +14,31 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from medvl_sam2.model.config import LanguageConfig
+from medvl_sam2.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, SEG, TURN_END, TURN_START
 from medvl_sam2.training.questions import make_questions
 from medvl_sam2.training.reports import write_report
 from medvl_sam2.training.requests import make_requests
 from medvl_sam2.training.templates import REPORT_PROMPTS
-from medvl_sam2.training.terms import ENLARGED, FINDING_TERMS, PHASES, REGION_SECTIONS, STRUCTURE_TERMS
+from medvl_sam2.training.terms import ENLARGED, FINDING_TERMS, PHASES, PLACES, REGION_SECTIONS, STRUCTURE_TERMS
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "[SEG]")
+EVALUATION_SEED = 1_000_000
+"""Seeds from here on are for evaluation only."""
+SPECIAL_TOKENS = ("<|endoftext|>", TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, SEG)
 """Their ids are their positions, 0 to 6, in every tokenizer of `train_tokenizer`."""
-SYSTEM_PROMPT = "You are a radiology assistant."
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SPLIT = r"\p{N}|'(?i:s|t|re|ve|m|ll|d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PLACES = {
-    "lung_nodule": ("upper lobe", "lower lobe"),
-    "consolidation": ("upper lobe", "lower lobe"),
-    "liver_lesion": ("right lobe", "left lobe"),
-}
 
 
-def chat_text(user: str, assistant: str, system: str = SYSTEM_PROMPT) -> str:
-    """Return one finished exchange in the ChatML layout that `CHAT_TEMPLATE` renders."""
-    turns = (("system", system), ("user", user), ("assistant", assistant))
-    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+def chat_text(turns: Iterable[tuple[str, str]], system: str = LanguageConfig.system) -> str:
+    """Return a finished conversation of (user, assistant) turns in the layout of `CHAT_TEMPLATE` and `ChatTokens`."""
+    messages = [("system", system)]
+    for user, assistant in turns:
+        messages += [("user", user), ("assistant", assistant)]
+    return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in messages)
 
 
 def synthetic_facts(rng: np.random.Generator) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def synthetic_facts(rng: np.random.Generator) -> dict[str, Any]:
                 continue
             if kind in ENLARGED and structures[organ]["fraction"] < 0.9:
                 continue
-            places = _PLACES.get(kind, (None,))
+            places = PLACES.get(kind, (None,))
             findings += [
                 {
                     "type": kind,
@@ -97,27 +97,34 @@ def synthetic_facts(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-def text_corpus(seeds: Iterable[int], facts_of: Callable[[int], dict[str, Any]] | None = None) -> Iterator[str]:
-    """Yield chat texts, some twenty for each seed, in the order of the seeds.
+def text_corpus(
+    seeds: Iterable[int], facts_of: Callable[[int], dict[str, Any]] | None = None, turns: int = 6
+) -> Iterator[str]:
+    """Yield conversations, about six for each seed, in the order of the seeds.
 
     Args:
         seeds: One phantom each. Evaluation seeds (>= 1,000,000) are refused.
         facts_of: Gives the facts of a seed; by default `synthetic_facts` of a generator with that seed.
+        turns: Most questions and requests behind one report.
 
     Raises:
         ValueError: If a seed is kept for evaluation.
     """
     for seed in seeds:
-        if seed >= 1_000_000:
-            raise ValueError(f"seeds: expected training seeds below 1000000, got {seed}; those are for evaluation only")
+        if seed >= EVALUATION_SEED:
+            raise ValueError(
+                f"seeds: expected seeds below {EVALUATION_SEED}, got {seed}; the rest is for evaluation only"
+            )
         rng = np.random.default_rng(seed)
         facts = facts_of(seed) if facts_of else synthetic_facts(rng)
         report = write_report(facts, rng)
-        yield chat_text(REPORT_PROMPTS[int(rng.integers(len(REPORT_PROMPTS)))], report)
-        for question in make_questions(facts, rng):
-            yield chat_text(f"{report}\n{question.prompt}", question.answer)
-        for request in make_requests(facts, rng):
-            yield chat_text(f"{report}\n{request.text}", request.answer)
+        yield chat_text([(REPORT_PROMPTS[int(rng.integers(len(REPORT_PROMPTS)))], report)])
+        pairs = [(question.prompt, question.answer) for question in make_questions(facts, rng)]
+        pairs += [(request.text, request.answer) for request in make_requests(facts, rng)]
+        pairs = [pairs[int(index)] for index in rng.permutation(len(pairs))]
+        for start in range(0, len(pairs), turns):
+            (first, answer), *rest = pairs[start : start + turns]
+            yield chat_text([(f"{report}\n{first}", answer), *rest])
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -152,9 +159,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
+        eos_token=TURN_END,
         pad_token="<|endoftext|>",
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (TURN_END, "<|endoftext|>")],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )

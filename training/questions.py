@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 
+from medvl_sam2.model.prompts import with_choices
 from medvl_sam2.training.reports import facts_findings, finding_phrase, removed_organs, with_article, write_report
 from medvl_sam2.training.terms import (
     CLEAR_VIEW,
@@ -20,6 +22,7 @@ from medvl_sam2.training.terms import (
     FINDING_TERMS,
     FULL_VIEW,
     PHASES,
+    PLACES,
     REGION_WORDS,
     SIDES,
     STRUCTURE_TERMS,
@@ -31,10 +34,9 @@ from medvl_sam2.training.terms import (
     without_side,
 )
 
-LETTERS = "ABCDEFGH"
 LOOK_ALIKES: tuple[frozenset[str], ...] = (
     frozenset({"pleural_effusion", "consolidation", "pneumothorax"}),
-    frozenset({"consolidation", "lung_nodule", "emphysema"}),
+    frozenset({"consolidation", "lung_nodule"}),
     frozenset({"renal_cyst", "kidney_stone"}),
     frozenset({"renal_cyst", "liver_lesion"}),
     frozenset({"ascites", "pleural_effusion"}),
@@ -65,11 +67,6 @@ class Question:
     def prompt(self) -> str:
         """The text as the model reads it, choices included."""
         return with_choices(self.text, self.choices) if self.choices else self.text
-
-
-def with_choices(text: str, choices: Sequence[str]) -> str:
-    """Append lettered choices to a question, in M3D-VQA's layout: "... Choices: A. left B. right"."""
-    return f"{text} Choices: " + " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 def make_questions(facts: Mapping[str, Any], rng: np.random.Generator) -> list[Question]:
@@ -104,7 +101,7 @@ def answer_is_right(question: Question, text: str) -> bool:
     if question.kind == "multiple_choice":
         assert question.choices is not None
         picked = _picked_choice(question.choices, text)
-        return picked is not None and LETTERS[picked] == question.answer[0]
+        return picked is not None and ascii_uppercase[picked] == question.answer[0]
     truth, given = _normalise(question.answer), _normalise(text)
     if truth in ("yes", "no"):
         words = re.findall(r"[a-z]+", text.lower())
@@ -126,9 +123,9 @@ def _picked_choice(choices: Sequence[str], text: str) -> int | None:
         r"^\s*(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?\s*:?\s*", "", text.strip(), flags=re.I
     )
     plain = [_normalise(choice) for choice in choices]
-    letter = re.match(rf"\(?([{LETTERS[: len(choices)]}])(?:[.):]+|\s*$)\s*(.*)$", text, flags=re.I | re.S)
+    letter = re.match(rf"\(?([{ascii_uppercase[: len(choices)]}])(?:[.):]+|\s*$)\s*(.*)$", text, flags=re.I | re.S)
     if letter:
-        index, rest = LETTERS.index(letter.group(1).upper()), _normalise(letter.group(2))
+        index, rest = ascii_uppercase.index(letter.group(1).upper()), _normalise(letter.group(2))
         return index if rest in ("", plain[index]) else None
     return plain.index(_normalise(text)) if plain.count(_normalise(text)) == 1 else None
 
@@ -254,21 +251,13 @@ def _single_places(facts: Mapping[str, Any]) -> dict[str, str]:
     return dict(sorted(places.items()))
 
 
-PLACES: dict[str, tuple[str, ...]] = {
-    "lung_nodule": ("upper lobe", "lower lobe"),
-    "consolidation": ("upper lobe", "lower lobe"),
-    "liver_lesion": ("right lobe", "left lobe"),
-}
-"""The places that questions offer, for types whose place can be told."""
-
-
 def _short(facts: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Question]:
     yield Question("short", "phase", _pick(rng, _PHASE_TEXTS), f"{_capital(facts['phase'])}.")
     yield Question("short", "region", _pick(rng, _REGION_TEXTS), f"{_capital(REGION_WORDS[facts['region']])}.")
     for kind, side in _sided_findings(facts).items():
         yield Question("short", "side", f"On which side is the {FINDING_TERMS[kind].noun}?", f"{_capital(side)}.")
     for kind, place in _single_places(facts).items():
-        yield Question("short", "location", f"Where is the {FINDING_TERMS[kind].noun}?", f"{_capital(place)}.")
+        yield Question("short", "location", _place_text(kind), f"{_capital(place)}.")
     for finding in facts["findings"]:
         alone = sum(other["type"] == finding["type"] for other in facts["findings"]) == 1
         if alone and finding["type"] in FINDING_TERMS and (size := _clear_size(finding)):
@@ -282,6 +271,11 @@ def _short(facts: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Quest
         yield Question("short", "removed", "Which organ has been removed?", f"{_capital(removed[0])}.")
         if side := side_of(removed[0]):
             yield Question("short", "side", f"Which {without_side(removed[0])} is missing?", f"{_capital(side)}.")
+
+
+def _place_text(kind: str) -> str:
+    noun, places = FINDING_TERMS[kind].noun, PLACES[kind]
+    return f"Is the {noun} {places[0]} or {places[1]}?" if kind == "aortic_aneurysm" else f"Where is the {noun}?"
 
 
 def _clear_size(finding: Mapping[str, Any]) -> str:
@@ -304,7 +298,7 @@ def _choice(
     wrong = [wrong[int(index)] for index in rng.permutation(len(wrong))[:count]]
     choices = [right, *wrong]
     choices = [choices[int(index)] for index in rng.permutation(len(choices))]
-    answer = f"{LETTERS[choices.index(right)]}. {right}"
+    answer = f"{ascii_uppercase[choices.index(right)]}. {right}"
     return Question("multiple_choice", topic, text, answer, tuple(choices))
 
 
@@ -321,11 +315,9 @@ def _multiple_choice(facts: Mapping[str, Any], rng: np.random.Generator) -> Iter
         text = f"On which side is the {FINDING_TERMS[kind].noun}?"
         yield _choice("side", text, side, [word for word in sides if word != side], rng)
     for kind, place in _single_places(facts).items():
-        places = PLACES[kind]
         if FINDING_TERMS[kind].sided:
-            places = tuple(f"{side} {word}" for side in SIDES for word in places)
-        if len(others := [word for word in places if word != place]) >= 2:
-            yield _choice("location", f"Where is the {FINDING_TERMS[kind].noun}?", place, others, rng)
+            places = [f"{side} {word}" for side in SIDES for word in PLACES[kind]]
+            yield _choice("location", _place_text(kind), place, [word for word in places if word != place], rng)
     shown, hidden = shown_structures(facts), hidden_structures(facts)
     if len(shown) >= 3 and hidden:
         few = [shown[int(index)] for index in rng.permutation(len(shown))[:3]]
@@ -380,10 +372,11 @@ _DESCRIBED: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         "Describe the lungs.",
         ("left lung", "right lung"),
-        ("consolidation", "lung_nodule", "emphysema", "pleural_effusion", "pneumothorax"),
+        ("consolidation", "lung_nodule", "pleural_effusion", "pneumothorax"),
         "The lungs are clear. No pleural effusion.",
     ),
     ("Describe the heart.", ("heart",), ("cardiomegaly",), "The heart is normal in size."),
+    ("Describe the aorta.", ("aorta",), ("aortic_aneurysm",), "The aorta is normal."),
     ("Describe the liver.", ("liver",), ("hepatomegaly", "liver_lesion"), "The liver is normal. No liver lesion."),
     (
         "Describe the kidneys.",

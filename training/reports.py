@@ -77,6 +77,7 @@ def write_report(facts: Mapping[str, Any], rng: np.random.Generator) -> str:
     Raises:
         ValueError: On an unknown region or type of finding.
     """
+    covered = sections_of(facts)
     found: dict[str, list[Mapping[str, Any]]] = {}
     for finding in facts["findings"]:
         finding_key(finding)
@@ -84,7 +85,7 @@ def write_report(facts: Mapping[str, Any], rng: np.random.Generator) -> str:
     lines = [_technique(facts, rng)]
     bodies = {"chest": _chest, "abdomen": _abdomen, "pelvis": _pelvis}
     for section, body in bodies.items():
-        texts = body(facts, found, rng) if section in sections_of(facts) else _outside(facts, section, found, rng)
+        texts = body(facts, found, rng) if section in covered else _outside(facts, section, found, rng)
         if texts:
             lines.append(f"{section.capitalize()}: " + " ".join(texts))
     lines.append("Impression: " + " ".join(_impression(facts, found)))
@@ -107,6 +108,8 @@ def finding_phrase(findings: Sequence[Mapping[str, Any]], place: bool = True) ->
         noun = noun.removeprefix("lung ")
         where = dict.fromkeys(_in_lung(f["side"], word) for f, word in zip(findings, places))
         return f"{size} {noun} in {join_words(where)}".strip()
+    if kind == "aortic_aneurysm":
+        return " ".join(word for word in (*dict.fromkeys(map(place_word, findings)), noun) if word)
     if kind == "liver_lesion" and any(places):
         where = dict.fromkeys(word for word in places if word)
         return f"{size} {noun} in the {join_words(where)}".strip()
@@ -171,20 +174,24 @@ def _outside(facts: Mapping[str, Any], section: str, found: Mapping[str, list], 
 
 def _chest(facts: Mapping[str, Any], found: Mapping[str, list], rng: np.random.Generator) -> list[str]:
     texts = [text for side in SIDES for text in _absent(facts, f"{side} lung", rng)]
-    inside = ("consolidation", "lung_nodule", "emphysema")
+    inside = ("consolidation", "lung_nodule")
     texts += _stated(found, inside, rng) or [_pick(rng, "The lungs are clear.", "Clear lungs.")]
     around = ("pleural_effusion", "pneumothorax")
     texts += _stated(found, around, rng)
     if missing := [FINDING_TERMS[kind].noun for kind in around if kind not in found]:
         texts.append(f"No {' or '.join(missing)}.")
     texts.append("The heart is enlarged." if "cardiomegaly" in found else "The heart size is normal.")
-    if "abdomen" not in sections_of(facts):
-        texts.append(_aorta(found))
+    if "abdomen" not in sections_of(facts) or _thoracic(found):
+        texts += _aorta(found, rng)
     return texts
 
 
-def _aorta(found: Mapping[str, list]) -> str:
-    return "There is an aortic aneurysm." if "aortic_aneurysm" in found else "The aorta is normal."
+def _thoracic(found: Mapping[str, list]) -> bool:
+    return any(place_word(finding) == "thoracic" for finding in found.get("aortic_aneurysm", ()))
+
+
+def _aorta(found: Mapping[str, list], rng: np.random.Generator) -> list[str]:
+    return _stated(found, ("aortic_aneurysm",), rng) or ["The aorta is normal."]
 
 
 def _abdomen(facts: Mapping[str, Any], found: Mapping[str, list], rng: np.random.Generator) -> list[str]:
@@ -207,7 +214,8 @@ def _abdomen(facts: Mapping[str, Any], found: Mapping[str, list], rng: np.random
     texts += _stated(found, ("renal_cyst", "kidney_stone"), rng)
     if missing := [FINDING_TERMS[kind].noun for kind in ("renal_cyst", "kidney_stone") if kind not in found]:
         texts.append(f"No {' or '.join(missing)}.")
-    texts.append(_aorta(found))
+    if "chest" not in sections_of(facts) or not _thoracic(found):
+        texts += _aorta(found, rng)
     texts += _stated(found, ("ascites",), rng) or ["No ascites."]
     return texts
 
@@ -230,7 +238,6 @@ def _impression(facts: Mapping[str, Any], found: Mapping[str, list]) -> list[str
 _MENTIONS: tuple[tuple[str, str], ...] = (
     ("pleural_effusion", r"(?:pleural |lung )?effusions?|pleural fluid|hydrothorax"),
     ("pneumothorax", r"pneumothora(?:x|ces)"),
-    ("emphysema", r"emphysema(?:tous)?"),
     ("consolidation", r"consolidations?|consolidated"),
     ("lung_nodule", r"(?:lung |pulmonary )?nodules?"),
     (

@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from medvl_sam2.model.prompts import SEG, SEGMENT_ANSWER, SEGMENT_REQUEST
 from medvl_sam2.training.questions import absent_findings, hidden_structures, shown_structures
 from medvl_sam2.training.reports import facts_findings
 from medvl_sam2.training.terms import FINDING_TERMS, PAIRS, SIDES, STRUCTURE_TERMS, join_words
 
-SEG_TOKEN = "[SEG]"
-SEG_ANSWER = "It is [SEG]."
-"""The whole answer to a request for one target that is there."""
 ABSENT_PREFIX = "There"
 """First word of every answer for something absent, and of no other answer."""
-REQUEST_TEXTS = ("Segment the {}.", "Please segment the {}.", "Show the {}.", "Outline the {}.", "Where is the {}?")
+REQUEST_TEXTS = (
+    SEGMENT_REQUEST.replace("{name}", "{}"),
+    "Please segment the {}.",
+    "Show the {}.",
+    "Outline the {}.",
+    "Where is the {}?",
+)
 """The phantoms' few wordings; the first is the engine's own for a bare name."""
 
 Target = tuple[str, str, str | None]
@@ -49,7 +53,7 @@ class SegmentationRequest:
 
 def several_answer(names: Sequence[str]) -> str:
     """Return the answer for several targets: "Liver: [SEG]. Spleen: [SEG]."."""
-    return " ".join(f"{name[0].upper()}{name[1:]}: {SEG_TOKEN}." for name in names)
+    return " ".join(f"{name[0].upper()}{name[1:]}: {SEG}." for name in names)
 
 
 def absent_answer(name: str) -> str:
@@ -86,7 +90,7 @@ def structure_request(
     words = term.descriptions if described else term.names
     said = words[0] if rng is None else _word(words, rng, canonical=0.0 if described else 0.5)
     kind = "description" if described else "name"
-    return SegmentationRequest(kind, _request_text(said, rng), SEG_ANSWER, (structure_target(name),), name)
+    return SegmentationRequest(kind, _request_text(said, rng), SEGMENT_ANSWER, (structure_target(name),), name)
 
 
 def structure_target(name: str) -> Target:
@@ -136,7 +140,9 @@ def _findings(facts: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Se
         alone = sum(other == kind for other, _ in truth) == 1
         said = side if not alone or rng.random() < 0.6 else None
         words = finding_words(kind, said, rng, described=rng.random() < 0.25)
-        yield SegmentationRequest("finding", _request_text(words, rng), SEG_ANSWER, (("finding", kind, side),), kind)
+        yield SegmentationRequest(
+            "finding", _request_text(words, rng), SEGMENT_ANSWER, (("finding", kind, side),), kind
+        )
 
 
 def _several(facts: Mapping[str, Any], rng: np.random.Generator) -> Iterator[SegmentationRequest]:

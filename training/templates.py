@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from medvl_sam2.model.prompts import REPORT_REQUEST, SEGMENT_ANSWER
+
 REPORT_PROMPTS: tuple[str, ...] = (
-    "Write the report of this scan.",
-    "Report this CT.",
+    REPORT_REQUEST,
+    "Report this scan.",
     "Write a radiology report.",
     "What does this scan show?",
 )
@@ -96,7 +98,7 @@ INTERACTIVE_TEMPLATES: tuple[str, ...] = (
 """The mark itself goes to the mask decoder only, never into the text. Those without ``{}`` name no class."""
 
 SEG_ANSWERS: tuple[str, ...] = (
-    "It is [SEG].",
+    SEGMENT_ANSWER,
     "Here it is: [SEG].",
     "The mask is [SEG].",
     "Sure, it is [SEG].",

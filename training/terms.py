@@ -191,12 +191,8 @@ FINDING_TERMS: dict[str, FindingTerm] = {
         names=("pneumothorax", "pleural air"),
         descriptions=("air between the {side} lung and the chest wall",),
     ),
-    "emphysema": FindingTerm(
-        "emphysema", "emphysema", "chest", ("{side} lung",), True, True,
-        names=("emphysema",), descriptions=("area of destroyed, dark tissue in the {side} lung",), article=False,
-    ),
     "consolidation": FindingTerm(
-        "consolidation", "consolidations", "chest", ("{side} lung",), True, True, large_ml=80.0,
+        "consolidation", "consolidations", "chest", ("{side} lung",), True, True, large_ml=250.0,
         names=("consolidation", "lung consolidation"),
         descriptions=("part of the {side} lung that has lost its air",), article=False,
     ),
@@ -207,23 +203,23 @@ FINDING_TERMS: dict[str, FindingTerm] = {
     ),
     "cardiomegaly": FindingTerm("cardiomegaly", "cardiomegaly", "chest", ("heart",), False, False, article=False),
     "aortic_aneurysm": FindingTerm(
-        "aortic aneurysm", "aortic aneurysms", "abdomen", ("aorta",), False, False,
+        "aortic aneurysm", "aortic aneurysms", "abdomen", ("aorta",), False, True,
         names=("aortic aneurysm", "aneurysm"), descriptions=("widened part of the main artery",),
     ),
     "hepatomegaly": FindingTerm("hepatomegaly", "hepatomegaly", "abdomen", ("liver",), False, False, article=False),
     "liver_lesion": FindingTerm(
-        "liver lesion", "liver lesions", "abdomen", ("liver",), False, True, large_mm=30.0,
+        "liver lesion", "liver lesions", "abdomen", ("liver",), False, True, large_mm=35.0,
         names=("liver lesion", "hepatic lesion", "lesion in the liver"),
         descriptions=("round spot inside the liver that differs from the rest",),
     ),
     "splenomegaly": FindingTerm("splenomegaly", "splenomegaly", "abdomen", ("spleen",), False, False, article=False),
     "renal_cyst": FindingTerm(
-        "renal cyst", "renal cysts", "abdomen", ("{side} kidney",), True, True, large_mm=30.0,
+        "renal cyst", "renal cysts", "abdomen", ("{side} kidney",), True, True, large_mm=35.0,
         names=("renal cyst", "kidney cyst"),
         descriptions=("round water-filled sac in the {side} kidney",),
     ),
     "kidney_stone": FindingTerm(
-        "kidney stone", "kidney stones", "abdomen", ("{side} kidney",), True, True, large_mm=10.0,
+        "kidney stone", "kidney stones", "abdomen", ("{side} kidney",), True, True, large_mm=12.0,
         names=("kidney stone", "renal stone", "kidney calculus"),
         descriptions=("bright calcified spot in the {side} kidney",),
     ),
@@ -233,6 +229,15 @@ FINDING_TERMS: dict[str, FindingTerm] = {
     ),
 }  # fmt: skip
 
+PLACES: dict[str, tuple[str, ...]] = {
+    "lung_nodule": ("upper lobe", "lower lobe"),
+    "consolidation": ("upper lobe", "lower lobe"),
+    "liver_lesion": ("right lobe", "left lobe"),
+    "renal_cyst": ("upper pole", "lower pole"),
+    "kidney_stone": ("upper pole", "lower pole"),
+    "aortic_aneurysm": ("thoracic", "abdominal"),
+}
+"""The places within their organ that findings of a type are told apart by."""
 ENLARGED = {"cardiomegaly": "heart", "hepatomegaly": "liver", "splenomegaly": "spleen"}
 PAIRS: dict[str, tuple[str, str]] = {
     "lungs": ("left lung", "right lung"),
