@@ -5,23 +5,17 @@ stacked as it is (tilt, uneven gaps) is resampled with a warning; what would nee
 mixed) is refused.
 """
 
-import stat
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from medvl_sam2.engine.archives import MAX_FILES, unpacked
 from medvl_sam2.engine.geometry import LPS_TO_RAS, InputError
 from medvl_sam2.engine.resample import straighten
 
-MAX_FILES = 50_000
-MAX_ZIP_BYTES = 16 << 30
-MAX_ZIP_RATIO = 100
 _IMAGES = ("CT", "MR", "PT", "NM", "OT", "")
 _EVEN = 0.05
 _STRAIGHT = 0.1
@@ -151,40 +145,6 @@ def choose_series(slices: list[Slice], path: Path, wanted: str | None) -> list[S
     if len({group[0].uid for group in found}) == 1 and found[0][0].uid:
         raise InputError(f"{path}: one series mixes slices that do not fit together ({listed}); split it by folder")
     raise InputError(f"{path}: holds {len(found)} series; name one with series=... from: {listed}")
-
-
-@contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
-    """Unpacks a zip into a temporary folder, under limits and under names of our own.
-
-    Raises:
-        InputError: damaged or encrypted archives, names that leave the folder, links, zip bombs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="medvl_sam2_") as folder:
-            members = [m for m in archive.infolist() if not m.is_dir()]
-            _check_members(members, path)
-            for number, member in enumerate(members):
-                # Names are not taken over, so none can point outside or clash; only sizes the index states are read.
-                with archive.open(member) as inner, (Path(folder) / f"{number:06d}").open("wb") as outer:
-                    while block := inner.read(1 << 20):
-                        outer.write(block)
-            yield Path(folder)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: the zip archive is damaged or encrypted ({error}); pack it again") from error
-
-
-def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
-    size, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-    if len(members) > MAX_FILES or size > MAX_ZIP_BYTES or size > MAX_ZIP_RATIO * packed + (64 << 20):
-        raise InputError(
-            f"{path}: the archive unpacks to {len(members)} files and {size / 1e9:,.1f} GB, beyond the limit; unpack it"
-            " yourself and give the folder"
-        )
-    for member in members:
-        parts = Path(member.filename.replace("\\", "/")).parts
-        if ".." in parts or member.filename.startswith(("/", "\\")) or stat.S_ISLNK(member.external_attr >> 16):
-            raise InputError(f"{path}: the entry {member.filename!r} points outside the archive; pack it again")
 
 
 def _read_header(path: Path) -> Slice | None:

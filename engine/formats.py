@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ ITK_READERS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImag
 DEFLATE_LIMIT = 1032
 """Deflate cannot expand by more than this factor, so a header that promises more is false."""
 
+_LONGEST_HEADER = 1 << 20
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError, RuntimeError, MemoryError)
 
 
@@ -105,10 +107,10 @@ def read_nifti(path: Path) -> RawImage:
 
 def read_itk(path: Path) -> RawImage:
     """Reads NRRD or MetaImage by SimpleITK; several values per voxel stay as a last axis."""
+    data_files = _data_files(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(ITK_READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
-    data_files = _data_files(path)
     try:
         reader.ReadImageInformation()
         shape = one_frame(reader.GetSize(), path)
@@ -203,21 +205,24 @@ def _form_warnings(header: Any) -> tuple[str, ...]:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """Files that hold the voxels: ``path`` itself, or those beside it that a detached header names.
+    """Files that hold the voxels: ``path`` itself, or the one beside it that a detached header names.
 
-    A header could name any file on the machine; only plain names in the same folder are let through.
+    A header could name any file on the machine; only a plain name in the same folder is let through.
     """
+    nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
     with path.open("rb") as stream:
-        head = stream.read(1 << 16)
-    for line in head.split(b"\n\n" if path.suffix.lower() in (".nrrd", ".nhdr") else b"\0")[0].splitlines():
-        key, _, value = line.decode("latin-1").partition("=" if path.suffix.lower() in (".mha", ".mhd") else ":")
-        value = value.strip()
-        if key.strip().lower() not in ("elementdatafile", "data file", "datafile") or value == "LOCAL":
-            continue
-        if value != Path(value).name or value == "LIST" or not (path.parent / value).is_file():
-            raise InputError(f"{path}: names the voxel file {value!r}; put one plain file beside it, or save as .mha")
-        return [path.parent / value]
-    return [path]
+        for line in stream.read(_LONGEST_HEADER).splitlines():
+            key, _, value = re.sub(r"[:=]", "\n", line.decode("latin-1"), count=1).partition("\n")
+            key, value = key.strip().lower(), value.strip()
+            if (nrrd and not line.strip()) or (key == "elementdatafile" and value == "LOCAL"):
+                return [path]
+            if key in ("elementdatafile", "data file", "datafile"):
+                if value != Path(value).name or value == "LIST" or not (path.parent / value).is_file():
+                    raise InputError(
+                        f"{path}: names the voxel file {value!r}; put one plain file beside it, or save it in one piece"
+                    )
+                return [path.parent / value]
+    raise InputError(f"{path}: not a readable header (it does not end); export the image again")
 
 
 def _brief(error: BaseException) -> str:

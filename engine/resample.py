@@ -24,9 +24,10 @@ def straighten(
     corner = np.floor(shifts.min(axis=0) + 1e-6)
     extra = np.ceil(shifts.max(axis=0) - corner - 1e-6).astype(int)
     rows, columns = voxels.shape[1] + extra[1], voxels.shape[2] + extra[0]
-    count = int(np.floor(heights[-1] / gap + 1e-6)) + 1
+    count = round(heights[-1] / gap) + 1
     out = np.empty((count, rows, columns), dtype=voxels.dtype)
     for k in range(count):
+        # The last output slice may lie up to half a gap beyond the last source slice, and then repeats it.
         height = min(k * gap, heights[-1])
         upper = int(np.clip(np.searchsorted(heights, height), 1, len(heights) - 1)) if len(heights) > 1 else 0
         lower = max(upper - 1, 0)
