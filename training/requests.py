@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from medvl_sam2.model.prompts import SEG, SEGMENT_ANSWER, SEGMENT_REQUEST
+from medvl_sam2.model.prompts import ABSENT_ANSWER, SEG, SEGMENT_ANSWER, SEGMENT_REQUEST
 from medvl_sam2.training.questions import absent_findings, hidden_structures, shown_structures
 from medvl_sam2.training.reports import facts_findings
 from medvl_sam2.training.terms import FINDING_TERMS, PAIRS, SIDES, STRUCTURE_TERMS, join_words
 
-ABSENT_PREFIX = "There"
+ABSENT_PREFIX = ABSENT_ANSWER.split()[0]
 """First word of every answer for something absent, and of no other answer."""
 REQUEST_TEXTS = (
     SEGMENT_REQUEST.replace("{name}", "{}"),
@@ -58,8 +58,8 @@ def several_answer(names: Sequence[str]) -> str:
 
 def absent_answer(name: str) -> str:
     """Return the answer for something that is not there; `name` without article."""
-    verb = "are" if name in STRUCTURE_TERMS and STRUCTURE_TERMS[name].plural else "is"
-    return f"{ABSENT_PREFIX} {verb} no {name} in this scan."
+    plural = name in STRUCTURE_TERMS and STRUCTURE_TERMS[name].plural
+    return (ABSENT_ANSWER.replace(" is ", " are ") if plural else ABSENT_ANSWER).format(name=name)
 
 
 def make_requests(facts: Mapping[str, Any], rng: np.random.Generator) -> list[SegmentationRequest]:
