@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from medvl_sam2.model.config import LanguageConfig
 from medvl_sam2.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, SEG, TURN_END, TURN_START
+from medvl_sam2.training.phantom import check_training_seed
 from medvl_sam2.training.questions import make_questions
 from medvl_sam2.training.reports import write_report
 from medvl_sam2.training.requests import make_requests
 from medvl_sam2.training.templates import REPORT_PROMPTS
 from medvl_sam2.training.terms import ENLARGED, FINDING_TERMS, PHASES, PLACES, REGION_SECTIONS, STRUCTURE_TERMS
 
-EVALUATION_SEED = 1_000_000
-"""Seeds from here on are for evaluation only."""
 SPECIAL_TOKENS = ("<|endoftext|>", TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, SEG)
 """Their ids are their positions, 0 to 6, in every tokenizer of `train_tokenizer`."""
 CHAT_TEMPLATE = (
@@ -111,10 +110,7 @@ def text_corpus(
         ValueError: If a seed is kept for evaluation.
     """
     for seed in seeds:
-        if seed >= EVALUATION_SEED:
-            raise ValueError(
-                f"seeds: expected seeds below {EVALUATION_SEED}, got {seed}; the rest is for evaluation only"
-            )
+        check_training_seed(seed)
         rng = np.random.default_rng(seed)
         facts = facts_of(seed) if facts_of else synthetic_facts(rng)
         report = write_report(facts, rng)

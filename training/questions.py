@@ -283,7 +283,7 @@ def _clear_size(finding: Mapping[str, Any]) -> str:
     term = FINDING_TERMS[finding["type"]]
     for limit, key in ((term.large_mm, "size_mm"), (term.large_ml, "volume_ml")):
         if limit is not None and finding.get(key) is not None:
-            margin = 0.2 if key == "size_mm" else 0.4
+            margin = 0.1 if key == "size_mm" else 0.15
             return size_word(finding) if abs(finding[key] / limit - 1) >= margin else ""
     return ""
 

