@@ -1,11 +1,12 @@
 """The LLM: a transformers causal model with PEFT LoRA, plus the trainable rows of [SEG]."""
 
+import inspect
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 from medvl_sam2.model.config import LanguageConfig, LoRAConfig
 
@@ -41,18 +42,22 @@ class LanguageModel(nn.Module):
         rows = self.causal.get_input_embeddings()(input_ids)
         return torch.where((input_ids == self.seg_token_id)[..., None], self.seg_input.to(rows.dtype), rows)
 
-    def hidden(self, inputs_embeds: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    def hidden(self, inputs_embeds: Tensor, cache: Cache | None = None, **kwargs: Any) -> Tensor:
         """Run the decoder.
 
         Args:
             inputs_embeds: (B, T, H).
-            **kwargs: `attention_mask`, `position_ids`, `past_key_values`, `use_cache` as in transformers.
+            cache: Keys and values of earlier positions, grown in place; None keeps none.
+            **kwargs: `attention_mask`, `position_ids` as in transformers.
 
         Returns:
-            Last-layer hidden states after the final norm (B, T, H), and the key/value cache or None.
+            Last-layer hidden states after the final norm (B, T, H).
         """
-        output = self.causal.model(inputs_embeds=inputs_embeds, **kwargs)
-        return output.last_hidden_state, output.past_key_values
+        decoder = self.causal.model
+        # transformers 5.24 calls the argument `cache`, 5.17 `past_key_values`.
+        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+        output = decoder(inputs_embeds=inputs_embeds, **{name: cache}, use_cache=cache is not None, **kwargs)
+        return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) hidden states -> (..., V) logits."""

@@ -103,11 +103,8 @@ class MedVLSAM2(nn.Module):
             position_ids: (B, T).
             labels: (B, T) target of each position, -100 where none; position t is scored on labels[t + 1].
         """
-        hidden, _ = self.language.hidden(
-            self.sequence(input_ids, visual),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
+        hidden = self.language.hidden(
+            self.sequence(input_ids, visual), attention_mask=attention_mask, position_ids=position_ids
         )
         loss = None
         if labels is not None:
