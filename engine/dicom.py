@@ -5,6 +5,7 @@ stacked as it is (tilt, uneven gaps) is resampled with a warning; what would nee
 mixed) is refused.
 """
 
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,11 @@ _IMAGES = ("CT", "MR", "PT", "NM", "OT", "")
 _EVEN = 0.05
 _STRAIGHT = 0.1
 _WIDEST = 3.5
+# Tag (7FE0,0010) with or without its value representation, then the length; the end of encapsulated pixel data.
+_PIXEL_DATA = re.compile(rb"\xe0\x7f\x10\x00(?:O[BW]\0\0)?(.{4})", re.DOTALL)
+# SOP classes of CT, enhanced CT, MR and PET images, as the file meta header ends them.
+_IMAGE_CLASS = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(?:2|2\.1|4|128)\0")
+_SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +44,7 @@ class Slice:
     modality: str
     localizer: bool
     components: int
+    bits: int
     size: tuple[int, int]
     position: np.ndarray
     row: np.ndarray
@@ -155,7 +162,10 @@ def _read_header(path: Path) -> Slice | None:
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-    except RuntimeError:
+    except RuntimeError as error:
+        with path.open("rb") as stream:
+            if _IMAGE_CLASS.search(stream.read(2048)):
+                raise InputError(f"{path}: a damaged DICOM image; copy or download the series again") from error
         return None
 
     def text(tag: str) -> str:
@@ -165,10 +175,10 @@ def _read_header(path: Path) -> Slice | None:
         return [float(part) for part in text(tag).split("\\") if part.strip()]
 
     modality = text("0008|0060")
+    if modality in ("CT", "MR") and int(text("0028|0008") or 1) > 1:
+        raise InputError(f"{path}: multi-frame DICOM; convert it to NIfTI (dcm2niix does) and give that")
     position, axes, pitch = numbers("0020|0032"), numbers("0020|0037"), numbers("0028|0030")
     if modality not in _IMAGES or len(position) != 3 or len(axes) != 6 or len(pitch) != 2:
-        if modality in ("CT", "MR") and int(text("0028|0008") or 1) > 1:
-            raise InputError(f"{path}: enhanced multi-frame DICOM; convert it to NIfTI (dcm2niix does) and give that")
         return None
     row, column = (_unit(axes[:3], path), _unit(axes[3:], path))
     if abs(row @ column) > 1e-2 or min(pitch) <= 0:
@@ -185,6 +195,7 @@ def _read_header(path: Path) -> Slice | None:
         description=description,
         modality=modality,
         localizer="LOCALIZER" in text("0008|0008").upper(),
+        bits=int(text("0028|0100") or 16),
         components=reader.GetNumberOfComponents(),
         position=np.array(position),
         row=row,
@@ -291,6 +302,8 @@ def _load(slices: list[Slice], path: Path) -> np.ndarray:
     """Pixels of all slices, (K, J, I), rescaled by each slice's own slope and intercept."""
     stack = None
     for k, item in enumerate(slices):
+        if not _is_whole(item):
+            raise InputError(f"{path}: {item.path.name} is cut short; copy or download the series again")
         try:
             plane = sitk.GetArrayFromImage(sitk.ReadImage(str(item.path), imageIO="GDCMImageIO"))
         except RuntimeError as error:
@@ -307,3 +320,16 @@ def _load(slices: list[Slice], path: Path) -> np.ndarray:
             stack = stack.astype(np.result_type(stack.dtype, plane.dtype))
         stack[k] = plane
     return stack
+
+
+def _is_whole(item: Slice) -> bool:
+    """Whether the pixel data reach to their end; the decoder fills up a file that was cut short and says nothing."""
+    content = item.path.read_bytes()
+    length = item.size[0] * item.size[1] * item.components * item.bits // 8
+    for found in _PIXEL_DATA.finditer(content):
+        stated = int.from_bytes(found.group(1), "little")
+        if stated == length + length % 2:
+            return found.end() + stated <= len(content)
+        if stated == 0xFFFFFFFF:
+            return content.rfind(_SEQUENCE_END) > found.end()
+    return True
