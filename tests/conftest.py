@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,13 @@ def shared_data() -> Path:
     if not (folder / "MANIFEST.md").is_file():
         pytest.skip(f"no real scans at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a small model with random weights."""
+    # Imported here, so that tests of the kernels alone do not load the whole model.
+    spec = importlib.util.spec_from_file_location("_small_model", Path(__file__).with_name("_small_model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write_small_model(tmp_path_factory.mktemp("model"))

@@ -1,0 +1,163 @@
+"""The runtime: a model on its device, and the sessions of the scans it knows."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import RLock
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from medvl_sam2.engine.geometry import InputError, Volume
+from medvl_sam2.engine.language.base import LanguageBackend
+from medvl_sam2.engine.language.transformers import TransformersBackend
+from medvl_sam2.engine.precision import choose_device, choose_precision
+from medvl_sam2.engine.segmenter import Segmenter
+from medvl_sam2.engine.session import VolumeSession
+from medvl_sam2.engine.volumes import read_volume
+from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.processing import VolumeProcessor
+
+LANGUAGE_BACKENDS = ("transformers",)
+
+
+class MedVLEngine:
+    """Reports, answers and masks of CT scans from one model.
+
+    Safe from several threads: one request computes at a time.
+
+    Args:
+        model: In evaluation mode; the engine takes it over (casts it, merges its LoRA).
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: "auto", "float32", "bfloat16" or "float16", see `choose_precision`.
+        language_backend: Runtime of the LLM, one of `LANGUAGE_BACKENDS`.
+        cache_bytes: Most memory that encoded scans may hold; the least recently used are let go first.
+
+    Raises:
+        InputError: An unknown device, dtype or backend.
+    """
+
+    def __init__(
+        self,
+        model: MedVLSAM2,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        language_backend: str = "transformers",
+        cache_bytes: int = 2 << 30,
+    ):
+        if language_backend not in LANGUAGE_BACKENDS:
+            known = ", ".join(LANGUAGE_BACKENDS)
+            raise InputError(f"language_backend: expected one of {known}, got {language_backend!r}")
+        try:
+            self.device = choose_device(device)
+            self.precision = choose_precision(dtype, self.device, model.config.language.hidden_size)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.config = model.config
+        self.cache_bytes = cache_bytes
+        self.lock = RLock()
+        self.processor = VolumeProcessor(model.config)
+        self.tokenizer = model.tokenizer
+        self.chat = model.chat
+        self._model = model.eval().requires_grad_(False)
+        # LoRA is merged before the cast, so that the sum is rounded once.
+        self.language: LanguageBackend = TransformersBackend(model.language, self.chat, model.config.seg.convention)
+        for module in (model.vision, model.projector):
+            module.to(self.device, self.precision.vision)
+        model.language.to(self.device, self.precision.language)
+        for module in (model.seg_bridge, model.sam2):
+            module.to(self.device, self.precision.sam2)
+        self.segmenter = Segmenter(model.sam2, model.config.seg)
+        limit = model.language.causal.config.max_position_embeddings
+        self.room = limit - len(self.chat.prefix())
+        self._sessions: OrderedDict[Hashable, VolumeSession] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        device: str = "auto",
+        dtype: str = "auto",
+        language_backend: str = "transformers",
+        cache_bytes: int = 2 << 30,
+    ) -> "MedVLEngine":
+        """Load a preset with shipped weights ("tiny") or a model directory.
+
+        Args:
+            name: Preset or directory.
+            device: See `MedVLEngine`.
+            dtype: See `MedVLEngine`.
+            language_backend: See `MedVLEngine`.
+            cache_bytes: See `MedVLEngine`.
+
+        Raises:
+            InputError: No such model, or its files are damaged or do not fit together.
+        """
+        try:
+            model = MedVLSAM2.from_pretrained(name)
+        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+            message = " ".join(str(error).split())
+            prefix = "" if str(name) in message else f"model {str(name)!r}: "
+            raise InputError(f"{prefix}{message}") from error
+        return cls(model, device=device, dtype=dtype, language_backend=language_backend, cache_bytes=cache_bytes)
+
+    def open(self, scan: str | os.PathLike | Volume | np.ndarray, *, series: str | None = None) -> VolumeSession:
+        """Open a scan; one that is open already comes back with its work done.
+
+        Args:
+            scan: File or DICOM folder, a `Volume`, or a (Z, Y, X) array in HU in LPS order with 1 mm voxels.
+            series: Which DICOM series, where there are several.
+
+        Raises:
+            InputError: The scan cannot be read.
+        """
+        if isinstance(scan, np.ndarray):
+            scan = Volume.from_array(scan)
+        if isinstance(scan, Volume):
+            return VolumeSession(self, scan)
+        key = (_fingerprint(Path(scan)), series)
+        with self.lock:
+            if key not in self._sessions:
+                self._sessions[key] = VolumeSession(self, read_volume(scan, series=series))
+            self._sessions.move_to_end(key)
+            return self._sessions[key]
+
+    @contextmanager
+    def using(self, session: VolumeSession) -> Iterator[None]:
+        """Hold the engine for a request of a session, then bring the cache back to its bound."""
+        with self.lock:
+            yield
+            self._trim(session)
+
+    def visual_tokens(self, grid: Tensor) -> Tensor:
+        """(1, D, H, W) encoder grid -> (tokens, H) rows for the LLM."""
+        with torch.inference_mode():
+            return self._model.visual_tokens(grid[None].to(self.device, self.precision.vision))[0]
+
+    def embeddings(self, hidden: Tensor) -> Tensor:
+        """(..., E, H) [SEG] states -> (..., E, d) prompt tokens of SAM2."""
+        with torch.inference_mode():
+            rows = hidden.reshape(-1, hidden.shape[-1]).to(self.device, self.precision.sam2)
+            return self._model.seg_bridge(rows).reshape(*hidden.shape[:-1], -1)
+
+    def _trim(self, current: VolumeSession) -> None:
+        held = sum(session.nbytes for session in self._sessions.values())
+        for key, session in list(self._sessions.items()):
+            if held <= self.cache_bytes:
+                return
+            if session is not current:
+                held -= session.nbytes
+                session.release()
+                del self._sessions[key]
+
+
+def _fingerprint(path: Path) -> Hashable:
+    """Changes when the file, or a file of the folder, changes."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return (str(path.resolve()), *((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))

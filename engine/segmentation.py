@@ -1,0 +1,132 @@
+"""One segmented object, in the scan's own voxels."""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medvl_sam2.engine.geometry import InputError, Volume
+from medvl_sam2.engine.masks import read_mask, write_mask
+from medvl_sam2.model.processing import GridTransform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CLAMP = 10.0
+
+
+@dataclass(eq=False)
+class Segmentation:
+    """Mask of one object, with what the model said about it.
+
+    Attributes:
+        name: What was asked for.
+        volume: The scan.
+        absent: The model answered that there is no such thing; the mask is empty then.
+        text: The model's answer.
+        transform: Between the scan's voxels and the slice stack.
+        logits: (S, m, m) mask logits of the slice stack; None when absent.
+        present: (S,) slices that hold the object; None when absent.
+        scores: Object-score logit of each slice; empty when absent.
+        start: Slice of the stack where the memory started; None without memory.
+        timings: Seconds per stage of this request.
+    """
+
+    name: str
+    volume: Volume
+    absent: bool
+    text: str
+    transform: GridTransform
+    logits: Tensor | None = None
+    present: Tensor | None = None
+    scores: list[float] = field(default_factory=list)
+    start: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gated_logits(self) -> Tensor | None:
+        """(S, m, m) logits in -10 to 10 with slices that do not hold the object at -10; None when absent."""
+        if self.logits is None:
+            return None
+        # Bounded, so that between a slice with the object and one without the surface lies half way.
+        logits = self.logits.float().clamp(-_CLAMP, _CLAMP)
+        return torch.where(self.present[:, None, None], logits, -_CLAMP)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(Z, Y, X) bool in canonical order, on the scan's own grid."""
+        if self.absent:
+            return np.zeros(self.volume.shape, bool)
+        return label_map([self]).astype(bool)
+
+    @property
+    def volume_ml(self) -> float:
+        """Volume in millilitres."""
+        return float(np.count_nonzero(self.mask) * self.volume.voxel_ml)
+
+    def dice(self, other: "Segmentation | np.ndarray | str | os.PathLike", label: int | None = None) -> float:
+        """Dice overlap on the scan's own grid.
+
+        Args:
+            other: A segmentation of the same scan, a (Z, Y, X) canonical array, or a mask file, which is brought to
+                the scan's grid when it lies on another.
+            label: Value that counts in `other`; everything above zero when None.
+
+        Returns:
+            2 |A and B| / (|A| + |B|); 1 when both are empty.
+
+        Raises:
+            InputError: The other mask cannot be read or has another shape.
+        """
+        if isinstance(other, Segmentation):
+            other = other.mask
+        elif not isinstance(other, np.ndarray):
+            other, _ = read_mask(other, self.volume)
+        if other.shape != self.volume.shape:
+            raise InputError(f"other: expected a mask of shape {self.volume.shape}, got {other.shape}")
+        return dice(self.mask, other > 0 if label is None else other == label)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the mask on the grid of the scan's own file, as label 1.
+
+        Raises:
+            InputError: The place cannot be written.
+        """
+        write_mask(path, self.mask, self.volume, {1: self.name})
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Dice of two bool arrays; 1 when both are empty."""
+    total = np.count_nonzero(a) + np.count_nonzero(b)
+    return 1.0 if total == 0 else float(2 * np.count_nonzero(a & b) / total)
+
+
+def label_map(segmentations: "Sequence[Segmentation]") -> np.ndarray:
+    """Join objects of one scan: (Z, Y, X) uint8, object n as label n; where objects meet the surer one wins.
+
+    Raises:
+        InputError: More objects than a label map holds.
+    """
+    if len(segmentations) > 255:
+        raise InputError(
+            f"names: expected at most 255 for one label map, got {len(segmentations)}; write several files"
+        )
+    first = segmentations[0]
+    shown = [(value, s.gated_logits) for value, s in enumerate(segmentations, 1) if not s.absent]
+    if not shown:
+        return np.zeros(first.volume.shape, np.uint8)
+    labels = np.zeros(first.volume.shape, np.uint8)
+    values = np.array([0, *(value for value, _ in shown)], np.uint8)
+    z0, y0, x0, z1, y1, x1 = first.transform.box
+    logits = torch.stack([logits for _, logits in shown])
+    position = ((torch.arange(z1 - z0) + 0.5) * logits.shape[1] / (z1 - z0) - 0.5).clamp(0, logits.shape[1] - 1)
+    for z, low in enumerate(position.floor().long().tolist()):
+        plane = torch.lerp(logits[:, low], logits[:, min(low + 1, logits.shape[1] - 1)], position[z] - low)
+        plane = torch.nn.functional.interpolate(plane[None], size=(y1 - y0, x1 - x0), mode="bilinear")[0]
+        best, which = plane.max(0)
+        labels[z0 + z, y0:y1, x0:x1] = values[torch.where(best > 0, which + 1, 0).cpu().numpy()]
+    return labels

@@ -1,0 +1,130 @@
+"""Masks from prompts: every slice alone, or carried by SAM2's memory away from a start slice."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medvl_sam2.model.config import SegConfig
+from medvl_sam2.model.sam2 import SAM2, Prompts, SliceFeatures, propagate
+
+
+@dataclass(frozen=True)
+class ObjectSlices:
+    """One object on the slice stack.
+
+    Attributes:
+        logits: (S, m, m) mask logits; their values where the object is not present mean nothing.
+        scores: (S,) object-score logits.
+        present: (S,) slices that hold the object.
+        start: Slice that the memory started from; None without memory.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    present: Tensor
+    start: int | None
+
+
+class Segmenter:
+    """Runs SAM2 over the slices of a scan.
+
+    Args:
+        sam2: In evaluation mode.
+        config: How [SEG] is used.
+        chunk: Slices encoded at a time; bounds the peak memory.
+    """
+
+    def __init__(self, sam2: SAM2, config: SegConfig, chunk: int = 8):
+        self.sam2 = sam2
+        self.config = config
+        self.chunk = chunk
+
+    @torch.inference_mode()
+    def encode(self, images: Callable[[int, int], Tensor], slices: int) -> SliceFeatures:
+        """Image features of all slices.
+
+        Args:
+            images: Gives slices [start, stop) as (n, 3, R, R), normalised.
+            slices: How many there are.
+        """
+        weight = self.sam2.no_mem_embed
+        parts = [
+            self.sam2.encode_images(images(start, min(slices, start + self.chunk)).to(weight.device, weight.dtype))
+            for start in range(0, slices, self.chunk)
+        ]
+        return SliceFeatures.cat(parts)
+
+    @torch.inference_mode()
+    def by_text(self, features: SliceFeatures, embeddings: Tensor) -> list[ObjectSlices]:
+        """Objects known by their [SEG] vectors alone.
+
+        Every slice is first read without memory; the slice with the best object score then starts the memory, which
+        runs both ways from there.
+
+        Args:
+            features: S slices.
+            embeddings: (B, E, d) prompt tokens.
+        """
+        logits, scores = self.sam2.predict_slices(features, Prompts(embeddings=embeddings), gate_by_object_score=False)
+        starts: list[int | None] = [None] * len(embeddings)
+        if self.config.use_memory:
+            best, where = scores.max(0)
+            # An object that no slice shows has nothing to start from, and stays empty.
+            starts = [
+                int(place) if score > self.config.object_gate else None
+                for score, place in zip(best.tolist(), where.tolist())
+            ]
+            for start in {s for s in starts if s is not None}:
+                rows = torch.tensor([i for i, s in enumerate(starts) if s == start], device=scores.device)
+                some = embeddings[rows]
+                logits[:, rows], scores[:, rows] = self._propagate(
+                    features, {start: Prompts(embeddings=some)}, start, some
+                )
+        present = scores > self.config.object_gate
+        return [ObjectSlices(logits[:, i], scores[:, i], present[:, i], start) for i, start in enumerate(starts)]
+
+    @torch.inference_mode()
+    def by_prompts(
+        self,
+        features: SliceFeatures,
+        prompts: Mapping[int, Prompts],
+        start: int | None,
+        embeddings: Tensor | None,
+        extent: tuple[int, int] | None = None,
+    ) -> ObjectSlices:
+        """One object marked by a user on some slices.
+
+        Args:
+            features: S slices.
+            prompts: Points and boxes by slice, batch 1.
+            start: Slice from where the memory runs both ways; None takes the one where the text finds the object best.
+            embeddings: (1, E, d) prompt tokens of the text, or None.
+            extent: First and last slice that may hold the object.
+        """
+        given = {index: prompt.with_embeddings(embeddings) for index, prompt in prompts.items()}
+        if start is None:
+            _, scores = self.sam2.predict_slices(features, Prompts(embeddings=embeddings))
+            start = int(scores[:, 0].argmax())
+            given.setdefault(start, Prompts(embeddings=embeddings))
+        if self.config.use_memory or embeddings is None:
+            logits, scores = self._propagate(features, given, start, embeddings)
+        else:
+            text = Prompts(embeddings=embeddings)
+            logits, scores = self.sam2.predict_slices(features, text, gate_by_object_score=False)
+            for index, prompt in given.items():
+                logits[index : index + 1], scores[index : index + 1] = self.sam2.predict_slices(
+                    features[index], prompt, gate_by_object_score=False
+                )
+            start = None
+        present = scores[:, 0] > self.config.object_gate
+        if extent is not None:
+            present[: extent[0]] = present[extent[1] + 1 :] = False
+        return ObjectSlices(logits[:, 0], scores[:, 0], present, start)
+
+    def _propagate(
+        self, features: SliceFeatures, prompts: dict[int, Prompts], start: int, embeddings: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        every = embeddings if self.config.every_slice else None
+        return propagate(self.sam2, features, prompts, start=start, seg_embeddings=every)

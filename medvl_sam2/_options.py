@@ -1,0 +1,142 @@
+"""Options of each verb. Imports nothing heavy, so that --help and wrong arguments answer at once."""
+
+import argparse
+from pathlib import Path
+
+DEMO_SEED = 1_000_007
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line of stdout")
+    parser.add_argument("--debug", action="store_true", help="log more and show where an error came from")
+
+
+def model(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb that runs a model."""
+    parser.add_argument("--model", default="tiny", metavar="NAME|DIR", help="preset or model directory (default: tiny)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+
+
+def scan(parser: argparse.ArgumentParser) -> None:
+    """The scan of a verb."""
+    parser.add_argument("scan", type=Path, help=".nii, .nii.gz, .nrrd, .mha, a DICOM folder or a .zip with a series")
+    parser.add_argument("--series", help="which DICOM series: UID, number or description")
+
+
+def demo(parser: argparse.ArgumentParser) -> None:
+    """Options of `demo`."""
+    model(parser)
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="default: demo_output")
+    parser.add_argument("--seed", type=int, default=DEMO_SEED, help=f"phantom, 1000000 or more (default: {DEMO_SEED})")
+
+
+def segment(parser: argparse.ArgumentParser) -> None:
+    """Options of `segment`."""
+    scan(parser)
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help='name or description ("left kidney"); several make a label map'
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help=".nii.gz, .nii, .seg.nrrd, .nrrd or .mha")
+    parser.add_argument(
+        "--point",
+        type=_point,
+        action="append",
+        metavar="I,J,K[,+|-]",
+        help="mark the object (+) or the background (-); may be repeated",
+    )
+    parser.add_argument(
+        "--box", type=_numbers(6), metavar="I0,J0,K0,I1,J1,K1", help="box round the object, lower corner first"
+    )
+    parser.add_argument(
+        "--space", choices=("voxel", "ras", "lps"), default="voxel", help="of points and box (default: voxel)"
+    )
+    model(parser)
+
+
+def ask(parser: argparse.ArgumentParser) -> None:
+    """Options of `ask`."""
+    scan(parser)
+    parser.add_argument("question")
+    parser.add_argument("--choice", action="append", metavar="TEXT", help="possible answer; repeat for each")
+    model(parser)
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    """Options of `report`."""
+    scan(parser)
+    parser.add_argument("-o", "--output", type=Path, help="write the report to a text file as well")
+    model(parser)
+
+
+def phantom(parser: argparse.ArgumentParser) -> None:
+    """Options of `phantom`."""
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    """Options of `train`."""
+    parser.add_argument("--config", default="tiny", metavar="NAME|YAML", help="shipped name or a file (default: tiny)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the run; a killed run goes on"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="override a setting; may be repeated"
+    )
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """Options of `evaluate`."""
+    model(parser)
+    parser.add_argument(
+        "--data", default="phantom", metavar="phantom|DIR", help="phantoms, or a folder of labelled scans"
+    )
+    parser.add_argument(
+        "--seeds", type=_seeds, default=range(1_000_000, 1_000_200), metavar="A:B", help="phantoms A to B-1"
+    )
+
+
+def convert(parser: argparse.ArgumentParser) -> None:
+    """Options of `convert`."""
+    parser.add_argument("--vit", type=Path, required=True, help="M3D-CLIP: pretrained_ViT.bin or model.safetensors")
+    parser.add_argument("--llm", type=Path, required=True, help="InternVL2.5 directory")
+    parser.add_argument("--sam2", type=Path, required=True, help="SAM2 or SAM2.1 checkpoint (.pt)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+
+
+def info(parser: argparse.ArgumentParser) -> None:
+    """`info` has no options of its own."""
+
+
+def _point(text: str) -> tuple[float, ...]:
+    parts = text.split(",")
+    if len(parts) == 4 and parts[3] not in ("+", "-", "+1", "-1", "1", "0"):
+        raise argparse.ArgumentTypeError(f"expected + or - as the fourth value, got {parts[3]!r}")
+    label = () if len(parts) < 4 else (1.0 if parts[3] in ("+", "+1", "1") else -1.0,)
+    return (*_numbers(3)(",".join(parts[:3] if len(parts) == 4 else parts)), *label)
+
+
+def _numbers(count: int):
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            values = tuple(float(part) for part in text.split(","))
+        except ValueError:
+            values = ()
+        if len(values) != count:
+            raise argparse.ArgumentTypeError(f"expected {count} numbers with commas between, got {text!r}")
+        return values
+
+    return parse
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.partition(":")
+    try:
+        seeds = range(int(first), int(last) if last else int(first) + 1)
+    except ValueError:
+        seeds = range(0)
+    if not seeds or seeds[0] < 0:
+        raise argparse.ArgumentTypeError(f"expected A:B with 0 <= A < B, got {text!r}")
+    return seeds
