@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from medvl_sam2.training.anatomy import PHASES, Body, draw_body, draw_organs, lung
+from medvl_sam2.training.anatomy import PHASES, Body, draw_body
 from medvl_sam2.training.phantom_findings import (
     ABSENT,
     FINDINGS,
@@ -25,6 +25,7 @@ from medvl_sam2.training.phantom_findings import (
     recoil_shape,
 )
 from medvl_sam2.training.phantom_layers import Painter
+from medvl_sam2.training.phantom_organs import draw_organs, lung
 from medvl_sam2.training.phantom_render import add_noise, paint
 
 STRUCTURES: dict[str, int] = {
@@ -149,16 +150,16 @@ class Phantom:
     @cached_property
     def facts(self) -> dict:
         """What a reader of the scan should say: JSON-able; see the module's README section for the fields."""
-        step = _FACTS_STEP_MM
         whole = np.array([[-265, 450], [-175, 140], [-175, 175]]) * self.body.scale[::-1, None]
         low, high = self.box_mm[:, 0], self.box_mm[:, 1]
+        steps = (high - low) / np.round((high - low) / _FACTS_STEP_MM)
         axes = []
-        for k in range(3):
-            start = low[k] - np.ceil((low[k] - whole[k, 0]) / step) * step
-            axes.append(np.arange(start + step / 2, whole[k, 1], step))
+        for k, step in enumerate(steps):
+            start = low[k] - max(0.0, np.ceil((low[k] - whole[k, 0]) / step)) * step
+            axes.append(np.arange(start + step / 2, max(whole[k, 1], high[k]), step))
         _, structures, findings = self._render(*axes, False, None, False)
         inside = tuple(slice(*np.searchsorted(axes[k], (low[k], high[k]))) for k in range(3))
-        voxel_ml = step**3 / 1000
+        voxel_ml = float(np.prod(steps)) / 1000
         all_counts = np.bincount(structures.ravel(), minlength=len(STRUCTURES) + 1) * voxel_ml
         counts = np.bincount(structures[inside].ravel(), minlength=len(STRUCTURES) + 1) * voxel_ml
         present = {}
@@ -196,6 +197,8 @@ class Phantom:
             center = (np.array(f.shape.center) * self.body.scale)[::-1]
             if not all(axis[0] - 2 <= c <= axis[-1] + 2 for axis, c in zip(axes, center, strict=True)):
                 return None
+            if volume > 4:
+                volume = float(np.count_nonzero(findings == FINDINGS[f.type])) * voxel_ml
         if volume is not None and volume < (0.1 if f.size_mm else 20.0):
             return None
         return {

@@ -108,7 +108,7 @@ def sternum(body: Body) -> tuple[Shape, Box]:
     low = 168.0
 
     def shape(grid: Grid) -> np.ndarray:
-        width = np.interp(grid.profile_z, (low, low + 20, low + 50, 280, 292, 320), (7, 13, 19, 17, 24, 27))
+        width = np.interp(grid.profile_z, (low, low + 20, low + 50, 280, 292, 320), (6, 12, 16, 15, 22, 25))
         d = np.abs(grid.x) - width.astype(np.float32)
         np.maximum(d, np.abs(grid.fields["cage"] - np.float32(_SHELL_MM)) - np.float32(5.5), out=d)
         np.maximum(d, grid.z - np.float32(322), out=d)
@@ -141,7 +141,8 @@ def sacrum() -> tuple[Shape, Box]:
 
 _WING = np.array(
     [[55, -95, 42], [50, -115, 45], [32, -70, 75], [10, -46, 112], [-15, -48, 126], [-38, -58, 132], [-58, -82, 126],
-     [-40, -110, 110], [-5, -165, 90], [20, -130, 78], [25, -100, 76], [0, -100, 98], [-25, -135, 100], [-20, -80, 118]],
+     [-40, -110, 110], [-5, -165, 90], [20, -130, 78], [25, -100, 76],
+     [0, -100, 98], [-25, -135, 100], [-20, -80, 118]],
     float,
 )  # fmt: skip
 
@@ -175,7 +176,6 @@ def hip_bone(side: int) -> tuple[Shape, Box]:
 
     def shape(grid: Grid) -> np.ndarray:
         d = whole(grid)
-        np.maximum(d, (grid.x * np.float32(side) - np.float32(104)), out=d) if d.size else d
         window = grid.window(flipped, 10)
         if window is not None:
             np.minimum(d[window], wing(grid.crop(window)), out=d[window])
@@ -198,14 +198,23 @@ def femur(side: int) -> tuple[Shape, Box]:
 
 def shoulder(side: int) -> tuple[Shape, Box]:
     """Clavicle, scapula and the upper humerus of a raised arm."""
-    return _joined(
+    bars, box = _joined(
         [
             _tube([[20, -82, 322], [60, -84, 336], [105, -50, 352], [145, -8, 362]], [9, 6, 6, 7], side),
-            _tube([[108, 88, 226], [92, 92, 270], [86, 84, 310]], [4, 4, 5], side),
-            _tube([[108, 88, 226], [128, 70, 275], [146, 36, 335]], [5, 4.5, 10], side),
-            _tube([[100, 90, 270], [118, 74, 300], [138, 50, 325]], [4, 4, 5], side),
-            _tube([[86, 86, 305], [130, 62, 335], [155, 22, 355]], [5, 6, 8], side),
-            Ellipsoid((side * 168.0, 10.0, 352.0), (23, 23, 25)),
-            _tube([[172, 8, 355], [190, -10, 470]], [17, 13], side),
+            _tube([[150, 26, 320], [152, 20, 345]], [8, 11], side),
+            _tube([[84, 80, 312], [130, 58, 338], [158, 18, 360]], [5, 6, 8], side),
+            Ellipsoid((side * 172.0, 6.0, 360.0), (23, 23, 25)),
+            _tube([[174, 4, 362], [190, -10, 470]], [17, 13], side),
         ]
     )
+
+    def shape(grid: Grid) -> np.ndarray:
+        d = bars(grid)
+        x = grid.x * np.float32(side)
+        blade = np.abs(grid.fields["cage"] - np.float32(18)) - np.float32(2.5)
+        np.maximum(blade, np.float32(68) - x + np.maximum(262 - grid.profile_z, 0) * np.float32(0.7), out=blade)
+        np.maximum(blade, np.float32(12) - grid.y, out=blade)
+        np.maximum(blade, np.abs(grid.z - np.float32(272)) - np.float32(48), out=blade)
+        return np.minimum(d, blade, out=d)
+
+    return shape, (min(box[0], side * 60.0), max(box[1], side * 60.0), box[2], max(box[3], 98.0), 222.0, box[5])

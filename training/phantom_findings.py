@@ -38,7 +38,7 @@ ABDOMEN = (
 )
 ABSENT = ("gallbladder", "spleen", "left kidney", "right kidney")
 LATTICE_ORIGIN = (-260.0, -220.0, -380.0)
-_COUNTS = (0.2, 0.3, 0.27, 0.15, 0.08)
+_COUNTS = (0.2, 0.4, 0.26, 0.1, 0.04)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Finding:
     Attributes:
         inside: structure whose voxels the mask is limited to, or None.
         keeps: True when its voxels stay part of the organ.
-        hu: HU of its tissue, None when it has none of its own.
+        hu: HU of its tissue or a function (grid, distance) of it, None when it has none of its own.
     """
 
     type: str
@@ -61,7 +61,7 @@ class Finding:
     box: Box | None = None
     inside: str | None = None
     keeps: bool = True
-    hu: float | None = None
+    hu: float | Shape | None = None
     fuzzy_mm: float = 0.0
     extra: dict[str, object] = field(default_factory=dict)
 
@@ -74,8 +74,8 @@ def draw_types(rng: np.random.Generator, region: str) -> list[str]:
     if region != "thorax":
         pool += [name for name in ABDOMEN if name not in pool]
     count = int(rng.choice(5, p=_COUNTS))
-    types = [str(name) for name in rng.permutation(pool)[:count]]
-    return types
+    weights = np.array([0.6 if name == "aortic_aneurysm" else 1.0 for name in pool])
+    return [str(name) for name in rng.choice(pool, count, replace=False, p=weights / weights.sum())]
 
 
 def recoil_shape(finding_type: str, thickness: float) -> Shape:
@@ -132,19 +132,18 @@ def _in_lobe(lobe: str) -> Shape:
     return lambda grid: np.minimum(-lobe_field(grid) - 12, 240 - grid.z)
 
 
-def _nodule(body: Body, rng: np.random.Generator, side: str, used: set) -> Finding | None:
+def _nodule(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     lobe = str(rng.choice(["upper lobe", "lower lobe"]))
     size = rng.uniform(12, 32)
     spot = _interior_point(body, rng, f"{side} lung", size / 2 + 4, _in_lobe(lobe), most=40)
     if spot is None:
         return None
     blob = _blob(rng, spot, size, body.scale)
-    return Finding(
-        "lung_nodule", side, f"{side} lung", lobe, size, _ellipsoid_ml(body, blob), blob, blob.box, f"{side} lung", hu=rng.normal(32, 8)
-    )  # fmt: skip
+    volume, organ = _ellipsoid_ml(body, blob), f"{side} lung"
+    return Finding("lung_nodule", side, organ, lobe, size, volume, blob, blob.box, organ, hu=rng.normal(32, 8))
 
 
-def _consolidation(body: Body, rng: np.random.Generator, side: str, used: set) -> Finding | None:
+def _consolidation(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     lobe = str(rng.choice(["upper lobe", "lower lobe"]))
     radius = rng.uniform(36, 58)
     spot = _interior_point(body, rng, f"{side} lung", 4, _in_lobe(lobe), most=25)
@@ -178,12 +177,12 @@ def _consolidation(body: Body, rng: np.random.Generator, side: str, used: set) -
     )
 
 
-def _liver_lesion(body: Body, rng: np.random.Generator, side: str, used: set) -> Finding | None:
+def _liver_lesion(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     lobe = str(rng.choice(["right lobe", "left lobe"], p=[0.65, 0.35]))
     split = np.float32(-18)
     for size in (rng.uniform(22, 60) if lobe == "right lobe" else rng.uniform(20, 36), 24.0):
         accept = (lambda g: split - 18 - g.x) if lobe == "right lobe" else (lambda g: g.x - split - 8)
-        spot = _interior_point(body, rng, "liver", size / 2 - 2, accept)
+        spot = _interior_point(body, rng, "liver", size / 2 + 1, accept)
         if spot is not None:
             blob = _blob(rng, spot, size, body.scale)
             hu = body.hu["liver"] - (rng.uniform(42, 70) if body.phase == "portal venous" else rng.uniform(30, 42))
@@ -202,7 +201,7 @@ def _kidney_spot(body: Body, rng: np.random.Generator, organ: str, out: float) -
     return mid + turn @ local, pole
 
 
-def _renal_cyst(body: Body, rng: np.random.Generator, side: str, used: set) -> Finding | None:
+def _renal_cyst(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     organ = f"{side} kidney"
     size = rng.uniform(20, 60)
     spot, pole = _kidney_spot(body, rng, organ, 0.45 + size / 110)
@@ -212,7 +211,7 @@ def _renal_cyst(body: Body, rng: np.random.Generator, side: str, used: set) -> F
     )
 
 
-def _stone(body: Body, rng: np.random.Generator, side: str, used: set) -> Finding | None:
+def _stone(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     organ = f"{side} kidney"
     size = rng.uniform(8, 16)
     spot, pole = _kidney_spot(body, rng, organ, -0.1)
@@ -252,10 +251,15 @@ def _aneurysm(body: Body, rng: np.random.Generator, region: str) -> Finding:
     box = (center[0] - reach, center[0] + reach, center[1] - reach, center[1] + reach, low, high)
 
     def shape(grid: Grid) -> np.ndarray:
-        d = np.maximum(wide(grid), np.abs(grid.z - np.float32(middle)) - np.float32(spread))
+        d = np.maximum(wide(grid), (np.abs(grid.z - np.float32(middle)) - np.float32(spread)) * 4)
         return np.maximum(d, np.abs(grid.x - np.float32(center[0])) - np.float32(reach), out=d)
 
-    return Finding("aortic_aneurysm", None, "aorta", place, diameter, None, shape, box, "aorta")
+    thrombus = float(rng.choice([0.0, rng.uniform(4, 14)]))
+
+    def value(grid: Grid, d: np.ndarray) -> np.ndarray:
+        return np.where(d > -thrombus, np.float32(min(42.0, body.hu["aorta"])), np.float32(body.hu["aorta"]))
+
+    return Finding("aortic_aneurysm", None, "aorta", place, diameter, None, shape, box, "aorta", hu=value)
 
 
 _MAKERS = {
@@ -294,7 +298,7 @@ def place_findings(
         elif kind == "ascites":
             found.append(Finding(kind, None, "peritoneum", keeps=False))
         else:
-            made = _MAKERS[kind](body, rng, side, set())
+            made = _MAKERS[kind](body, rng, side)
             if made is not None:
                 found.append(made)
     return found

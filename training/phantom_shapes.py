@@ -216,6 +216,17 @@ def outline(grid: Grid, a: np.ndarray, b: np.ndarray, c: np.ndarray, square: flo
     return total
 
 
+def smooth_max(first: np.ndarray, second: np.ndarray, width: float) -> np.ndarray:
+    """Intersection of two shapes whose common edge is rounded over `width` mm."""
+    blend = np.abs(first - second)
+    blend -= np.float32(width)
+    np.minimum(blend, 0, out=blend)
+    blend *= blend
+    blend *= np.float32(0.25 / width)
+    blend += np.maximum(first, second)
+    return blend
+
+
 def union(*distances: np.ndarray) -> np.ndarray:
     """Union of shapes on the same grid."""
     return np.minimum.reduce(distances)
