@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import Opener
 from nibabel.spatialimages import HeaderDataError
 
 from medvl_sam2.engine.geometry import LPS_TO_RAS, InputError
@@ -79,13 +80,19 @@ def read_nifti(path: Path) -> RawImage:
     """Reads NIfTI without applying its scale; an uncompressed file is mapped, not loaded."""
     try:
         image = nib.load(path)
-        proxy = image.dataobj
-        affine, units = image.affine, image.header.get_xyzt_units()[0]
+        proxy, affine = image.dataobj, image.affine
+        with Opener(path) as stream:
+            stored = type(image.header).from_fileobj(stream, check=False)
     except _UNREADABLE as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_brief(error)}); export it again") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise InputError(f"{path}: is {type(image).__name__}, not NIfTI, and its orientation is not sure; convert it")
     shape = one_frame(proxy.shape, path)
+    if not stored["sform_code"] and not (np.abs(stored["pixdim"][1:4]) > 0).all():
+        # nibabel would take 1 mm instead.
+        sizes = " x ".join(f"{size:g}" for size in stored["pixdim"][1:4])
+        raise InputError(f"{path}: the voxel spacing is {sizes} mm; set the true spacing in the header")
+    units = image.header.get_xyzt_units()[0]
     if units not in ("mm", "unknown"):
         raise InputError(f"{path}: the header gives lengths in {units}; save it with millimetres")
     size = proxy.offset + int(np.prod(shape, dtype=object)) * proxy.dtype.itemsize

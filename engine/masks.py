@@ -51,8 +51,9 @@ def write_mask(path: str | os.PathLike, mask: np.ndarray, volume: Volume, labels
     """Writes a label mask on the grid of the file the volume came from.
 
     NIfTI keeps the source's shape, affine, sform and qform codes, zooms and units, and gets the names as a label table
-    in the header (the XML of Connectome Workbench and TotalSegmentator). ``.seg.nrrd`` is 3D Slicer's segmentation.
-    Equal input gives equal bytes. A file that was there stays until the new one is complete.
+    in the header (the XML of Connectome Workbench and TotalSegmentator). ``.seg.nrrd`` is 3D Slicer's segmentation. A
+    ``.mha`` header loses letters beyond ASCII at the end of a name. Equal input gives equal bytes. A file that was
+    there stays until the new one is complete.
 
     Args:
         path: .nii.gz, .nii, .seg.nrrd, .nrrd or .mha.
