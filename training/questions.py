@@ -21,6 +21,7 @@ from medvl_sam2.training.terms import (
     ENLARGED,
     FINDING_TERMS,
     FULL_VIEW,
+    OFTEN_HIDDEN,
     PHASES,
     PLACES,
     REGION_WORDS,
@@ -150,28 +151,30 @@ def finding_noun(key: tuple[str, str | None]) -> str:
 def absent_findings(facts: Mapping[str, Any]) -> dict[tuple[str, str | None], float]:
     """Return the findings a phantom could show and does not, weighted by their likeness to the truth.
 
-    A sided type that is wholly absent appears once with side None and once with each side. Enlargements need the organ
-    wholly in view; nothing is asked of an organ that was removed or lies outside the field of view.
+    A sided type that is wholly absent appears with side None and with each side, which share one weight; of a type seen
+    on one side, the other side is absent. Enlargements need the organ wholly in view; nothing is asked of an organ that
+    was removed or lies outside the field of view.
     """
     truth = facts_findings(facts)
     types = {kind for kind, _ in truth}
     absent: dict[tuple[str, str | None], float] = {}
     for kind, term in FINDING_TERMS.items():
-        if term.section not in sections_of(facts):
+        if term.section not in sections_of(facts) or (kind, None) in truth:
             continue
         near = any(kind in group and types & (group - {kind}) for group in LOOK_ALIKES)
         least = FULL_VIEW if kind in ENLARGED else CLEAR_VIEW
         sides = SIDES if term.sided else (None,)
         seen = [side for side in sides if fraction_in_view(facts, term.organs[0].format(side=side)) >= least]
-        for side in seen:
-            if (kind, side) not in truth and (kind, None) not in truth:
-                absent[kind, side] = 3.0 if kind in types else 1.0 if near else 0.5
+        keys = [(kind, side) for side in seen if (kind, side) not in truth]
         if term.sided and kind not in types and len(seen) == 2:
-            absent[kind, None] = 2.0 if near else 1.0
+            keys += [(kind, None)] * 2
+        for key in keys:
+            absent[key] = absent.get(key, 0.0) + (2.0 if kind in types or near else 1.0) / len(keys)
     return absent
 
 
-def _draw(rng: np.random.Generator, weights: Mapping[Any, float], count: int) -> list[Any]:
+def draw_weighted(rng: np.random.Generator, weights: Mapping[Any, float], count: int) -> list[Any]:
+    """Draw up to `count` different keys with chances in proportion to their weights."""
     keys = list(weights)
     chances = np.array([weights[key] for key in keys], dtype=float)
     picked = rng.choice(len(keys), size=min(count, len(keys)), replace=False, p=chances / chances.sum()) if keys else []
@@ -188,6 +191,11 @@ def hidden_structures(facts: Mapping[str, Any]) -> list[str]:
     return [name for name in STRUCTURE_TERMS if name not in facts["structures"]]
 
 
+def _doubtful(shown: Sequence[str]) -> dict[str, float]:
+    """Weights that prefer structures other scans do not show: of the rest, the name alone gives the answer."""
+    return {name: 1.0 if name in OFTEN_HIDDEN else 0.1 for name in shown}
+
+
 def _yes_no(facts: Mapping[str, Any], rng: np.random.Generator) -> list[Question]:
     pools = {"yes": _claims(facts, rng, true=True), "no": _claims(facts, rng, true=False)}
     for topic in ("finding", "enlarged", "removed"):
@@ -195,12 +203,12 @@ def _yes_no(facts: Mapping[str, Any], rng: np.random.Generator) -> list[Question
             rng.shuffle(pool[topic])
         count = min(3, len(pools["yes"][topic]))
         pools["yes"][topic] = pools["yes"][topic][:count]
-        spare = 1 if topic == "finding" else int(rng.random() < 0.2)
+        spare = 1 if topic == "finding" else int(rng.random() < 0.05)
         pools["no"][topic] = pools["no"][topic][: max(count, spare)]
     texts = {
         key: [(topic, t) for topic in pool if topic != "shown" for t in pool[topic]] for key, pool in pools.items()
     }
-    spare = {key: rng.permutation(pool["shown"]).tolist() for key, pool in pools.items()}
+    spare = {key: pool["shown"] for key, pool in pools.items()}
     wanted = 1 + max(len(texts["yes"]), len(texts["no"]))
     wanted = min(wanted, *(len(texts[key]) + len(spare[key]) for key in texts))
     questions = []
@@ -217,11 +225,11 @@ def _claims(facts: Mapping[str, Any], rng: np.random.Generator, true: bool) -> d
         keys = sorted((key for key in facts_findings(facts) if key[0] in FINDING_TERMS), key=str)
         keys = [(kind, side if rng.random() < 0.5 else None) for kind, side in keys]
         organs = removed
-        structures = shown_structures(facts)
+        structures = draw_weighted(rng, _doubtful(shown_structures(facts)), 8)
     else:
-        keys = _draw(rng, absent_findings(facts), 8)
+        keys = draw_weighted(rng, absent_findings(facts), 8)
         organs = [name for name in REMOVABLE if fraction_in_view(facts, name) >= CLEAR_VIEW]
-        structures = hidden_structures(facts)
+        structures = draw_weighted(rng, dict.fromkeys(hidden_structures(facts), 1.0), 8)
     keys = list(dict.fromkeys(keys))
     return {
         "finding": [f"Is there {with_article(finding_noun(key))}?" for key in keys if key[0] not in ENLARGED],
@@ -320,10 +328,10 @@ def _multiple_choice(facts: Mapping[str, Any], rng: np.random.Generator) -> Iter
             yield _choice("location", _place_text(kind), place, [word for word in places if word != place], rng)
     shown, hidden = shown_structures(facts), hidden_structures(facts)
     if len(shown) >= 3 and hidden:
-        few = [shown[int(index)] for index in rng.permutation(len(shown))[:3]]
+        few = draw_weighted(rng, _doubtful(shown), 3)
         yield _choice("shown", "Which structure is not shown?", _pick(rng, hidden), few, rng)
     if len(hidden) >= 3 and shown:
-        yield _choice("shown", "Which structure is shown?", _pick(rng, shown), hidden, rng)
+        yield _choice("shown", "Which structure is shown?", draw_weighted(rng, _doubtful(shown), 1)[0], hidden, rng)
     removed = removed_organs(facts)
     others = [organ for organ in REMOVABLE if fraction_in_view(facts, organ) >= CLEAR_VIEW]
     if len(removed) == 1 and len(others) >= 2:
@@ -340,7 +348,7 @@ def _choose_finding(facts: Mapping[str, Any], rng: np.random.Generator) -> Itera
     absent = {
         key: weight for key, weight in absent_findings(facts).items() if key[1] or not FINDING_TERMS[key[0]].sided
     }
-    wrong = [finding_noun(key) for key in _draw(rng, absent, 3)]
+    wrong = [finding_noun(key) for key in draw_weighted(rng, absent, 3)]
     if len(wrong) < 2:
         return
     if truth:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from medvl_sam2.model.prompts import ABSENT_ANSWER, SEG, SEGMENT_ANSWER, SEGMENT_REQUEST
-from medvl_sam2.training.questions import absent_findings, hidden_structures, shown_structures
+from medvl_sam2.training.questions import absent_findings, draw_weighted, hidden_structures, shown_structures
 from medvl_sam2.training.reports import facts_findings
-from medvl_sam2.training.terms import FINDING_TERMS, PAIRS, SIDES, STRUCTURE_TERMS, join_words
+from medvl_sam2.training.terms import FINDING_TERMS, PAIRS, STRUCTURE_TERMS, join_words, side_of
 
 ABSENT_PREFIX = ABSENT_ANSWER.split()[0]
 """First word of every answer for something absent, and of no other answer."""
@@ -95,8 +95,7 @@ def structure_request(
 
 def structure_target(name: str) -> Target:
     """Return the target of a structure."""
-    side = name.split(" ", 1)[0]
-    return "structure", name, side if side in SIDES else None
+    return "structure", name, side_of(name)
 
 
 def _request_text(words: str, rng: np.random.Generator | None) -> str:
@@ -169,14 +168,11 @@ def _absent(facts: Mapping[str, Any], rng: np.random.Generator) -> Iterator[Segm
     for name in [*removed, *_sample([name for name in hidden if name not in removed], 2, rng)]:
         yield absent_structure_request(name, rng)
     absent = {key: weight for key, weight in absent_findings(facts).items() if FINDING_TERMS[key[0]].masked}
-    keys = list(absent)
-    if keys:
-        chances = np.array(list(absent.values())) / sum(absent.values())
-        for index in rng.choice(len(keys), size=min(2, len(keys)), replace=False, p=chances):
-            kind, side = keys[int(index)]
-            words = finding_words(kind, side, rng, described=side is not None and rng.random() < 0.15)
-            noun = " ".join(word for word in (side, FINDING_TERMS[kind].noun) if word)
-            yield SegmentationRequest("absent", _request_text(words, rng), absent_answer(noun), (), kind)
+    present = sum(kind in FINDING_TERMS and FINDING_TERMS[kind].masked for kind, _ in facts_findings(facts))
+    for kind, side in draw_weighted(rng, absent, max(1, present)):
+        words = finding_words(kind, side, rng, described=side is not None and rng.random() < 0.25)
+        noun = " ".join(word for word in (side, FINDING_TERMS[kind].noun) if word)
+        yield SegmentationRequest("absent", _request_text(words, rng), absent_answer(noun), (), kind)
 
 
 def absent_structure_request(name: str, rng: np.random.Generator | None = None) -> SegmentationRequest:

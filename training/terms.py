@@ -247,6 +247,11 @@ PAIRS: dict[str, tuple[str, str]] = {
     "hip bones": ("left hip bone", "right hip bone"),
     "femurs": ("left femur", "right femur"),
 }
+OFTEN_HIDDEN = frozenset(
+    [name for name, term in STRUCTURE_TERMS.items() if term.section == "pelvis"]
+    + ["trachea", "sternum", "colon", "heart", "gallbladder", "right adrenal gland", "right kidney", "left kidney"]
+)
+"""Structures that many fields of view leave out, or that may have been removed."""
 FULL_VIEW = 0.9
 """Fraction of a structure inside the field of view from which its size may be judged."""
 CLEAR_VIEW = 0.3
