@@ -150,3 +150,27 @@ def check_last_stride(op: str, what: str, tensor: torch.Tensor) -> None:
 def device_guard(tensor: torch.Tensor) -> Any:
     """Make the tensor's GPU current for a launch; a no-op on the CPU, where only the interpreter launches."""
     return torch.cuda.device_of(tensor)
+
+
+def match_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Cast floating tensors as autocast does for a matrix product; give them back unchanged outside of autocast."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run CPU steps on the calling thread alone.
+
+    For loops of many short steps on cache-sized buffers: handing each to a team of threads wins little on an idle
+    machine and waits hundreds of times for a thread that is not scheduled on a busy one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

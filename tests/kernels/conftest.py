@@ -43,7 +43,7 @@ def _run_interpreted(item: pytest.Function) -> dict[str, tuple[str, str]]:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         run = subprocess.run(command, cwd=item.config.rootpath, env=environment, capture_output=True, text=True)
         if not report.exists():
-            return {"": ("failure", run.stdout + run.stderr)}
+            return {"": ("failure", (run.stdout + run.stderr)[-4000:])}
         outcomes = {}
         for case in ElementTree.parse(report).getroot().iter("testcase"):
             problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
@@ -60,7 +60,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if pyfuncitem.path not in _outcomes:
         _outcomes[pyfuncitem.path] = _run_interpreted(pyfuncitem)
     outcomes = _outcomes[pyfuncitem.path]
-    outcome, text = outcomes.get(pyfuncitem.name, ("failure", f"did not run: {outcomes.get('', outcomes.keys())}"))
+    if "" in outcomes:
+        pytest.fail(f"the interpreting process ended early: {outcomes[''][1]}", pytrace=False)
+    outcome, text = outcomes.get(pyfuncitem.name, ("failure", "did not run"))
     if outcome == "skipped":
         pytest.skip(text)
     if outcome != "passed":

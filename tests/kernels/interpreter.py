@@ -4,6 +4,8 @@ The counts are requests of the program (re-reads included), beside the number of
 GPU's caches let through to its memory.
 """
 
+import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,40 +76,49 @@ def count_traffic() -> Iterator[Traffic]:
             setattr(InterpreterBuilder, name, original)
 
 
+# The first address past what Linux gives to a process on x86-64 and arm64: nothing real lies there.
+_NOWHERE = 1 << 48
+
+
 def huge(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Make a tensor that claims any amount of memory and owns one element; only for `addresses_only`."""
-    one = torch.zeros(1, dtype=dtype).numpy()
-    steps = tuple(stride * one.itemsize for stride in strides)
-    return torch.from_numpy(np.lib.stride_tricks.as_strided(one, shape, steps))
-
-
-@dataclass
-class Addresses:
-    """Addresses of the launches inside `addresses_only`."""
-
-    loads: set[int] = field(default_factory=set)
-    stores: set[int] = field(default_factory=set)
+    """Make a tensor that claims any amount of memory and has none; only for launches inside `addresses_only`."""
+    kind = torch.zeros(1, dtype=dtype).numpy().dtype
+    one = np.frombuffer((ctypes.c_byte * kind.itemsize).from_address(_NOWHERE), dtype=kind)
+    steps = tuple(stride * kind.itemsize for stride in strides)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(np.lib.stride_tricks.as_strided(one, shape, steps))
 
 
 @contextmanager
-def addresses_only() -> Iterator[Addresses]:
-    """Note where interpreted launches would load and store, and touch nothing; loads give `other` or zero."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+def addresses_only() -> Iterator[set[int]]:
+    """Let interpreted launches take `huge` tensors: gives the addresses that they ask for, and touches none of these.
 
-    addresses = Addresses()
-    originals = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    Loads from such an address give ``other`` or zero; other tensors are read and written as ever.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import _get_np_dtype as numpy_type
+
+    asked: set[int] = set()
+    original_load, original_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def split(pointers, mask) -> TensorHandle:
+        wanted = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        far = pointers.data >= _NOWHERE
+        asked.update(int(address) for address in np.unique(pointers.data[wanted & far]))
+        return TensorHandle(wanted & ~far, mask.dtype)
 
     def load(self, pointers, mask, other, *rest):
-        addresses.loads.update(int(a) for a in np.unique(pointers.data[mask.data.astype(bool)]))
-        kind = pointers.get_element_ty()
-        zeros = np.zeros_like(pointers.data, dtype=_get_np_dtype(kind))
-        return TensorHandle(zeros if other is None else other.data, kind)
+        if other is None:
+            kind = pointers.get_element_ty()
+            other = TensorHandle(np.zeros_like(pointers.data, dtype=numpy_type(kind)), kind)
+        return original_load(self, pointers, split(pointers, mask), other, *rest)
 
     def store(self, pointers, value, mask, *rest):
-        addresses.stores.update(int(a) for a in np.unique(pointers.data[mask.data.astype(bool)]))
+        return original_store(self, pointers, value, split(pointers, mask), *rest)
 
     try:
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-        yield addresses
+        yield asked
     finally:
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = originals
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = original_load, original_store

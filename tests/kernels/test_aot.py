@@ -1,7 +1,7 @@
 """Every kernel and shipped tile compiles for sm_80 and sm_90 without a GPU, and no worse than it did.
 
-Hard limits hold for any Triton; the comparison with ``aot_golden.json`` for the version that wrote it. After a change that
-is meant, rewrite the file: ``python -m medvl_sam2.kernels._aot tests/kernels/aot_golden.json``.
+Hard limits hold for any Triton; the comparison with ``aot_golden.json`` for the version that wrote it. After a change
+that is meant, rewrite the file: ``python -m medvl_sam2.kernels._aot tests/kernels/aot_golden.json``.
 """
 
 import json
