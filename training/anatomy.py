@@ -164,8 +164,8 @@ def draw_body(seed: int, rng: np.random.Generator, sex: str, phase: str) -> Body
     if rng.random() < 0.15:
         hu["liver"] -= rng.uniform(8, 25)
     hu["fat"] = rng.normal(-104, 5)
-    hu["bone"] = rng.normal(1, 0.15)
-    hu["lung"] = rng.normal(-850, 30)
+    hu["bone"] = float(np.clip(rng.normal(1, 0.22), 0.55, 1.5))
+    hu["lung"] = rng.normal(-850, 38)
     dome_right = float(np.clip(rng.normal(151, 10), 128, 172))
     return Body(
         seed, sex, phase, scale, float(rng.gamma(2.4, 5.5) + 4), warp, hu, dome_right, dome_right - rng.uniform(4, 18)

@@ -316,7 +316,8 @@ def _field_of_view(rng: np.random.Generator, body: Body, region: str) -> np.ndar
     top = rng.uniform(366, 388) if "thorax" in region else body.dome_right + rng.uniform(8, 28)
     low = {"thorax": (25, 72), "abdomen": (-95, -55), "thorax and abdomen": (-95, -50)}.get(region, (-262, -222))
     bottom = rng.uniform(*low)
-    width = float(np.clip(2 * (172 + body.fat_mm) * body.scale[0] * rng.uniform(1.0, 1.14), 320, 500))
+    zoom = rng.uniform(0.86, 0.97) if rng.random() < 0.12 else rng.uniform(1.0, 1.14)
+    width = float(np.clip(2 * (172 + body.fat_mm) * body.scale[0] * zoom, 300, 500))
     middle = np.array([rng.normal(-14, 7), rng.normal(0, 7)])
     sides = [[m - width / 2, m + width / 2] for m in middle]
     return np.array([[bottom * body.scale[2], top * body.scale[2]], *sides])

@@ -18,8 +18,8 @@ _SHELL_MM = 5.5
 
 def _vertebra_measures(z: np.ndarray) -> tuple[np.ndarray, ...]:
     """Half width, half depth and half height of the bodies at height z."""
-    width = np.interp(z, (-69, 0, 99, 206, 338, 374, 440), (25, 23, 20, 16, 14.5, 12, 11))
-    depth = np.interp(z, (-69, 0, 99, 206, 338, 374, 440), (17.5, 17, 16, 15, 10, 8.5, 8))
+    width = np.interp(z, (-69, 0, 99, 206, 338, 374, 440), (27, 25, 21.5, 17.5, 15.5, 12.5, 11))
+    depth = np.interp(z, (-69, 0, 99, 206, 338, 374, 440), (18.5, 18, 17, 16, 11, 8.5, 8))
     height = np.interp(z, (-69, 0, 99, 206, 338, 374, 440), (12.5, 12.8, 11.5, 9.8, 8, 6, 6))
     return tuple(a.astype(np.float32) for a in (width, depth, height))
 
@@ -58,7 +58,10 @@ def spine(body: Body) -> tuple[Shape, Shape, Box]:
         reach = np.where(grid.profile_z > 90, np.float32(31), np.float32(40))
         wing = np.abs(y - (depth + 6) - x * np.float32(0.12)) - 4
         wing = np.maximum(np.maximum(wing, np.abs(dz - 2) - 5), np.maximum(x - reach, 12 - x))
-        return np.minimum(d, wing, out=d)
+        np.minimum(d, wing, out=d)
+        pillar = np.hypot(x - 15, y - (depth + 14)) - 5.5
+        np.maximum(pillar, np.abs(dz + 3) - height * np.float32(1.05), out=pillar)
+        return np.minimum(d, pillar, out=d)
 
     def discs(grid: Grid) -> np.ndarray:
         return local(grid)[3] + np.float32(0.5)
@@ -135,6 +138,8 @@ def sacrum() -> tuple[Shape, Box]:
             _tube([[0, 28, -108], [0, 48, -138]], [14, 11.5], 1, 2.7),
             _tube([[0, 48, -138], [0, 54, -165]], [11, 9], 1, 2.3),
             _tube([[0, 54, -165], [0, 40, -192]], [7, 4], 1, 1.3),
+            *(_tube([[14, 20, -94], [42, 38, -112], [34, 50, -142]], [12, 15, 10], side) for side in (-1, 1)),
+            _tube([[0, 44, -98], [0, 68, -118], [0, 72, -150]], [7, 6, 4], 1, 1.5),
         ]
     )
 
@@ -211,8 +216,9 @@ def shoulder(side: int) -> tuple[Shape, Box]:
     def shape(grid: Grid) -> np.ndarray:
         d = bars(grid)
         x = grid.x * np.float32(side)
-        blade = np.abs(grid.fields["cage"] - np.float32(18)) - np.float32(2.5)
+        blade = np.abs(grid.fields["cage"] - 13 - np.clip(x * np.float32(0.16) - 12, 0, 8)) - np.float32(2.8)
         np.maximum(blade, np.float32(68) - x + np.maximum(262 - grid.profile_z, 0) * np.float32(0.7), out=blade)
+        np.maximum(blade, x - 112 - np.maximum(grid.profile_z - 245, 0) * np.float32(0.5), out=blade)
         np.maximum(blade, np.float32(12) - grid.y, out=blade)
         np.maximum(blade, np.abs(grid.z - np.float32(272)) - np.float32(48), out=blade)
         return np.minimum(d, blade, out=d)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from medvl_sam2.training.anatomy import Body
+from medvl_sam2.training.phantom_bones import spine
 from medvl_sam2.training.phantom_findings import FINDINGS, LATTICE_ORIGIN, Finding
 from medvl_sam2.training.phantom_render import EVERYWHERE, KEEP, Part, Value
 from medvl_sam2.training.phantom_shapes import Ellipsoid, Grid, Tube, lattice_noise, outline, rotation, smooth_path
@@ -99,13 +100,27 @@ class Painter:
             for side in (-1, 1):
                 breast = Ellipsoid((side * 80.0, -118.0, 232.0), (size * 1.25, size, size * 1.15))
                 parts.append(Part(breast, breast.box, self.tissue(fat + 15, 22)))
+        for side in (-1, 1):
+            for width, value in ((50.0 + body.fat_mm * 0.5, fat), (42.0, body.hu["muscle"])):
+                arm = Tube(np.array([[side * 158.0, 8, 335], [side * 190.0, -10, 475]]), np.array([width, width * 0.9]))
+                parts.append(Part(arm, arm.box, value))
         parts.append(Part(skin, EVERYWHERE, skin_value))
         parts.append(Part(muscle, EVERYWHERE, muscle_value))
 
         def cavity(grid: Grid) -> np.ndarray:
             return np.maximum(grid.fields["cage"], -218 - grid.z)
 
-        parts.append(Part(cavity, (-150, 150, -145, 90, -220, 400), self.tissue(fat + 6, 7)))
+        def fat_value(grid: Grid, d: np.ndarray) -> np.ndarray:
+            value = np.clip(grid.fields["fine"] - np.float32(1.3), 0, 1)
+            value *= np.float32(150)
+            value += grid.fields["texture"] * 7
+            value += np.float32(fat + 5)
+            return value
+
+        for side in (-1, 1):
+            axilla = Ellipsoid((side * 130.0, -24.0, 305.0), (17, 36, 48), rotation(0, 0, side * 20))
+            parts.append(Part(axilla, axilla.box, self.tissue(fat + 10, 25)))
+        parts.append(Part(cavity, (-150, 150, -145, 90, -220, 400), fat_value))
         return parts
 
     def _chest(self) -> list[Part]:
@@ -131,6 +146,8 @@ class Painter:
             for tube in self._lung_vessels(side):
                 parts.append(Part(tube, tube.box, vessel_hu, KEEP, KEEP, s[name]))
         parts += self.finding("consolidation") + self.finding("lung_nodule")
+        _, column, column_box = spine(body)
+        parts.append(Part(lambda grid: column(grid) - np.float32(2), (*column_box[:4], 60.0, 400.0), 25.0, 0))
         egg, box = body.organs["heart"]
         wide = tuple(np.array(box) + np.array([-6, 6, -6, 6, -6, 6]))
         parts.append(Part(lambda grid: egg(grid) - np.float32(5), wide, hu["fat"] + 8, 0))

@@ -21,14 +21,17 @@ def lung(body: Body, side: int, recoil: Shape | None = None) -> tuple[Shape, Box
         recoil: thickness in mm, per voxel, by which fluid or air has pushed the lung away from the wall.
     """
     middle_y = (-140, -105, -80, -40, -15, 10, 35, 60, 90)
-    middle_x = (6, 8, 18, 32, 28, 21, 19, 20, 26)
+    upper_x = (6, 8, 18, 33, 29, 22, 17, 18, 26)
+    lower_x = (5, 6, 12, 17, 14, 10, 10, 14, 24)
 
     def shape(grid: Grid) -> np.ndarray:
         d = grid.fields["cage"] + np.float32(2.5)
         np.maximum(d, -grid.fields["above"], out=d)
         if recoil is not None:
             d += recoil(grid)
-        medial = np.interp(grid.profile_y, middle_y, middle_x).astype(np.float32)
+        low = np.interp(grid.profile_y, middle_y, lower_x).astype(np.float32)
+        medial = np.interp(grid.profile_y, middle_y, upper_x).astype(np.float32) - low
+        medial = low + medial * np.interp(grid.profile_z, (185, 235), (0, 1)).astype(np.float32)
         np.maximum(d, medial - grid.x * np.float32(side), out=d)
         return d
 
@@ -129,7 +132,7 @@ def draw_organs(body: Body, rng: np.random.Generator, targets: dict[str, float],
         x = side * (40 + n(0, 3)) if side > 0 else -34 + n(0, 3)
         top = np.array([x, -18 + n(0, 4), 86 + shift * 0.6 + n(0, 5)])
         apex, limb = top + [0, -8, 14], np.array([[side * 2, 12, -6], [side * -1, -6, -16], [side * 12, 6, -14]])
-        width = rng.uniform(3.4, 4.4)
+        width = rng.uniform(3.8, 4.8)
         limbs = [Tube(np.array([apex, top, top + end]), np.array([width, width, width * 0.8])) for end in limb]
         add(f"{name.split()[0]} adrenal gland", *limbs)
 

@@ -50,9 +50,9 @@ def abdomen_layers(painter: Painter) -> list[Part]:
         parts.append(Part(pelvis, pelvis.box, 10.0 if not (contrast and body.phase != "arterial") else 60.0, 0))
         parts += painter.organ(name, kidney)
         parts += painter.finding("renal_cyst", name) + painter.finding("kidney_stone", name)
+    parts += painter.organ("inferior vena cava", painter.tissue(hu["veins"] * 0.97, 3))
     for name in ("left adrenal gland", "right adrenal gland"):
         parts += painter.organ(name, painter.tissue(hu["adrenal"], 5))
-    parts += painter.organ("inferior vena cava", painter.tissue(hu["veins"] * 0.97, 3))
     parts += painter.organ("aorta", painter.tissue(hu["aorta"], 3)) + painter.finding("aortic_aneurysm")
     gland = (
         Ellipsoid((0.0, -14.0, -212.0), (23, 17, 17))
@@ -116,10 +116,11 @@ def _bowel(painter: Painter) -> list[Part]:
     )
     parts.append(Part(duodenum, duodenum.box, painter.tissue(hu["wall"] - 10, 16), 0))
     stool = rng.uniform(-60, 40)
+    mottle = rng.uniform(20, 420)
     gas_share = rng.normal(0.45, 0.35)
 
     def colon(grid: Grid, d: np.ndarray) -> np.ndarray:
-        inner = np.float32(stool) + grid.fields["fine"] * 60
+        inner = np.float32(stool) - np.clip(grid.fields["fine"] - np.float32(0.3), 0, 2) * np.float32(mottle)
         inner = np.where(grid.fields["texture"] - (grid.y + 50) * 0.012 > gas_share, np.float32(-930), inner)
         return np.where(d > -2.5, np.float32(hu["wall"] - 5), inner)
 
