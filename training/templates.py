@@ -1,4 +1,4 @@
-"""Prompts and answers in our own words for the real data sets: report, semantic, referring, interactive, negative.
+"""Prompts and answers in our own words for the real data sets: report, VQA, semantic, referring, interactive, negative.
 
 A template with ``{}`` takes a class name or a description. Phantoms use a few of these only, so that a small model can
 learn them; M3D-Cap, M3D-Seg, M3D-RefSeg, CT-RATE and TotalSegmentator records draw from all.
@@ -41,6 +41,32 @@ REPORT_TEMPLATES: tuple[str, ...] = (
     "Turn this CT into a written report.",
     "Provide a full description of this examination.",
 )
+
+SHORT_TEMPLATES: tuple[str, ...] = (
+    "{}",
+    "{} Answer briefly.",
+    "{} Answer in a few words.",
+    "Short answer, please: {}",
+    "{} A word or two will do.",
+    "In brief: {}",
+)
+LONG_TEMPLATES: tuple[str, ...] = (
+    "{}",
+    "{} Answer in full sentences.",
+    "{} Please explain.",
+    "Answer at length: {}",
+    "{} Give the details.",
+    "Please discuss: {}",
+)
+CHOICE_TEMPLATES: tuple[str, ...] = (
+    "{}",
+    "{} Pick one choice.",
+    "{} Answer with one of the choices.",
+    "Choose the right answer. {}",
+    "Only one of these is right. {}",
+    "{} Which choice fits?",
+)
+"""Around a question, and around a question with its lettered choices."""
 
 SEMANTIC_TEMPLATES: tuple[str, ...] = (
     "Segment the {}.",
@@ -129,6 +155,9 @@ NEGATIVE_ANSWERS: tuple[str, ...] = (
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "report": REPORT_TEMPLATES,
+    "short": SHORT_TEMPLATES,
+    "long": LONG_TEMPLATES,
+    "multiple_choice": CHOICE_TEMPLATES,
     "semantic": SEMANTIC_TEMPLATES,
     "referring": REFERRING_TEMPLATES,
     "interactive": INTERACTIVE_TEMPLATES,
@@ -144,7 +173,7 @@ def fill(kind: str, rng: np.random.Generator, name: str = "") -> str:
     Args:
         kind: A key of `TEMPLATES`.
         rng: Chooses the template; one that needs a name is never chosen without one.
-        name: Class name or description, without article or final full stop.
+        name: Class name or description, without article or final full stop; for VQA the question.
 
     Raises:
         ValueError: If the kind is unknown, or every template of it needs a name and none is given.
@@ -153,5 +182,5 @@ def fill(kind: str, rng: np.random.Generator, name: str = "") -> str:
         raise ValueError(f"kind: expected one of {sorted(TEMPLATES)}, got {kind!r}")
     fitting = [text for text in TEMPLATES[kind] if name or "{}" not in text]
     if not fitting:
-        raise ValueError(f"name: expected a class name or description for {kind!r} templates, got none")
+        raise ValueError(f"name: expected a class name, description or question for {kind!r} templates, got none")
     return fitting[int(rng.integers(len(fitting)))].replace("{}", name)

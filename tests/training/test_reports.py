@@ -65,6 +65,44 @@ def test_report_order_and_sections():
         assert facts["phase"] in report.splitlines()[0].lower() or "without contrast" in report.splitlines()[0]
 
 
+SWAP = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+
+
+def swapped(text):
+    return re.sub(r"\b(?:left|right)\b", lambda match: SWAP[match[0]], text, flags=re.I)
+
+
+def test_swapping_sides_in_a_report_swaps_them_in_its_findings():
+    for seed in SEEDS[:500]:
+        facts, report = facts_and_report(seed)
+        expected = {(kind, side and swapped(side)) for kind, side in facts_findings(facts)}
+        assert report_findings(swapped(report)) == expected
+
+
+def test_impression_alone_and_body_alone_hold_every_finding():
+    for seed in SEEDS:
+        facts, report = facts_and_report(seed)
+        body, impression = report.split("Impression: ")
+        assert report_findings(body) == report_findings(impression) == facts_findings(facts)
+
+
+def test_order_of_sentences_case_and_line_breaks_change_nothing():
+    for seed in SEEDS[:300]:
+        facts, report = facts_and_report(seed)
+        sentences = re.split(r"(?<=\.)\s", report)
+        np.random.default_rng(seed).shuffle(sentences)
+        assert report_findings(" ".join(sentences)) == facts_findings(facts)
+        assert report_findings(report.upper().replace("\n", " ")) == facts_findings(facts)
+
+
+def test_negating_every_sentence_of_the_impression_leaves_nothing():
+    for seed in SEEDS[:500]:
+        _, report = facts_and_report(seed)
+        sentences = report.split("Impression: ")[1].split(". ")
+        negated = ". ".join("No " + sentence[0].lower() + sentence[1:] for sentence in sentences)
+        assert report_findings(negated) == set(), negated
+
+
 def test_same_seed_same_report():
     assert facts_and_report(7) == facts_and_report(7)
 
