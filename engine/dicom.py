@@ -8,6 +8,7 @@ mixed) is refused.
 import re
 import zipfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from medvl_sam2.engine.resample import straighten
 
 _IMAGES = ("CT", "MR", "PT", "NM", "OT", "")
 _EVEN = 0.05
+_SAME = 0.1
 _STRAIGHT = 0.1
 _WIDEST = 3.5
 # Tag (7FE0,0010) with or without its value representation, then the length; the end of encapsulated pixel data.
@@ -107,11 +109,11 @@ def scan_folder(folder: Path, path: Path) -> list[Slice]:
         folder: Where to look.
         path: What the user named, for messages.
     """
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = sorted(islice((file for file in folder.rglob("*") if file.is_file()), MAX_FILES + 1))
     if not files:
         raise InputError(f"{path}: the folder is empty; give one that holds a DICOM series")
     if len(files) > MAX_FILES:
-        raise InputError(f"{path}: holds {len(files)} files; name the folder of one series")
+        raise InputError(f"{path}: holds more than {MAX_FILES} files; name the folder of one series")
     slices = [found for file in files if (found := _read_header(file)) is not None]
     if not slices:
         raise InputError(
@@ -264,9 +266,12 @@ def _stack(slices: list[Slice], path: Path) -> Series:
 
 
 def _drop_copies(slices: list[Slice], normal: np.ndarray, path: Path) -> list[Slice]:
+    gaps = np.diff([item.position @ normal for item in slices])
+    gaps = gaps[gaps > 1e-3]
+    closest = max(1e-3, _SAME * float(np.percentile(gaps, 75))) if len(gaps) else 1e-3
     kept = slices[:1]
     for item in slices[1:]:
-        if abs((item.position - kept[-1].position) @ normal) > 1e-3:
+        if (item.position - kept[-1].position) @ normal > closest:
             kept.append(item)
         elif item.path.read_bytes() != kept[-1].path.read_bytes():
             raise InputError(

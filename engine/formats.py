@@ -23,6 +23,7 @@ DEFLATE_LIMIT = 1032
 """Deflate cannot expand by more than this factor, so a header that promises more is false."""
 
 _LONGEST_HEADER = 1 << 20
+_UNPLACED = "the header gives no patient orientation (no {}): left and right are a guess"
 _UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError, RuntimeError, MemoryError)
 
 
@@ -140,7 +141,9 @@ def read_itk(path: Path) -> RawImage:
     affine[:3, 3] = image.GetOrigin()[:3]
     fields = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     voxels = voxels.transpose(2, 1, 0, *range(3, voxels.ndim))
-    return RawImage(voxels, LPS_TO_RAS @ affine, tuple(reader.GetSize()), fields=fields)
+    unplaced = path.suffix.lower() in (".nrrd", ".nhdr") and fields.get("NRRD_space") != "left-posterior-superior"
+    warnings = (_UNPLACED.format("space"),) if unplaced else ()
+    return RawImage(voxels, LPS_TO_RAS @ affine, tuple(reader.GetSize()), fields=fields, warnings=warnings)
 
 
 def one_frame(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
@@ -202,7 +205,7 @@ def _inflate(path: Path, proxy: Any) -> np.ndarray:
 def _form_warnings(header: Any) -> tuple[str, ...]:
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if not sform and not qform:
-        return ("the header gives no orientation (sform and qform codes are 0): left and right are a guess",)
+        return (_UNPLACED.format("sform or qform code"),)
     if sform and qform:
         corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*header["dim"][1:4], 1]
         distance = np.linalg.norm(corners @ (header.get_sform() - header.get_qform()).T, axis=1).max()

@@ -44,18 +44,27 @@ def read_volume(path: str | os.PathLike, *, series: str | None = None) -> Volume
         InputError: one sentence that names the file and the remedy.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; check the path")
+    try:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder; check the path")
+        volume = _read(path, series)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the path and its permissions") from error
+    volume.warnings += _value_warnings(volume)
+    return volume
+
+
+def _read(path: Path, series: str | None) -> Volume:
     suffix = suffix_of(path) if path.is_file() else ""
     if suffix in NIFTI or suffix in ITK_READERS:
         if series is not None:
             raise InputError(f"{path}: series= chooses among DICOM series, and this is one image; leave it out")
-        volume = _read_image(path, suffix)
-    elif suffix == ".seg.nrrd":
+        return _read_image(path, suffix)
+    if suffix == ".seg.nrrd":
         raise InputError(f"{path}: a segmentation, not a scan; give the scan, and this file as the mask")
-    elif path.is_dir() or suffix == ".zip" or is_dicom(path):
+    if path.is_dir() or suffix in (".zip", ".dcm", ".ima") or is_dicom(path):
         found = read_dicom(path, series)
-        volume = canonical_volume(
+        return canonical_volume(
             found.voxels,
             found.affine,
             format="dicom",
@@ -63,12 +72,9 @@ def read_volume(path: str | os.PathLike, *, series: str | None = None) -> Volume
             modality=found.modality,
             warnings=found.warnings,
         )
-    else:
-        raise InputError(
-            f"{path}: not a scan; give .nii, .nii.gz, .nrrd, .mha, a DICOM folder, or a .zip with a DICOM series"
-        )
-    volume.warnings += _value_warnings(volume)
-    return volume
+    raise InputError(
+        f"{path}: not a scan; give .nii, .nii.gz, .nrrd, .mha, a DICOM folder, or a .zip with a DICOM series"
+    )
 
 
 def _read_image(path: Path, suffix: str) -> Volume:

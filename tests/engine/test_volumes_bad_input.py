@@ -51,6 +51,10 @@ def test_missing_file(tmp_path: Path):
         read_mask(tmp_path / "none.nii.gz")
 
 
+def test_a_path_the_system_refuses(tmp_path: Path):
+    refused(tmp_path / ("a" * 300 + ".nii"), "cannot be opened .*File name too long")
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "picture.png", "scan", "scan.hdr"])
 def test_not_a_scan(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(b"\x89PNG anything")
@@ -221,13 +225,19 @@ def test_other_neuroimaging_formats(tmp_path: Path):
 
 def test_headers_without_orientation_or_with_two_are_told(tmp_path: Path):
     path = patch(save(tmp_path / "a.nii.gz", scan_voxels()), 252, "<2h", 0, 0)
-    assert "gives no orientation" in read_volume(path).warnings[0]
+    assert "gives no patient orientation" in read_volume(path).warnings[0]
     image = nib.Nifti1Image(scan_voxels(), LPS)
     image.set_sform(LPS, 1)
     image.set_qform(np.diag([1, -1, -1, 1]) @ LPS, 1)
     nib.save(image, tmp_path / "b.nii.gz")
     assert "sform and qform of the header disagree" in read_volume(tmp_path / "b.nii.gz").warnings[0]
     np.testing.assert_allclose(read_volume(tmp_path / "b.nii.gz").source.affine, LPS)
+
+
+def test_nrrd_without_patient_orientation_is_told(tmp_path: Path):
+    head = "NRRD0004\ntype: short\ndimension: 3\nsizes: 22 21 20\nspacings: 1 1 1\nencoding: raw\nendian: little\n\n"
+    (tmp_path / "a.nrrd").write_bytes(head.encode() + scan_voxels().tobytes())
+    assert "gives no patient orientation (no space)" in read_volume(tmp_path / "a.nrrd").warnings[0]
 
 
 @pytest.mark.parametrize("secret", ["/etc/hostname", "../secret.raw", "LIST", "none.raw"])

@@ -144,6 +144,45 @@ def test_several_series_are_listed_and_chosen_by_name(tmp_path: Path):
         read_volume(tmp_path, series="Head")
 
 
+def test_files_without_preamble_are_read(tmp_path: Path):
+    stored = write_series(tmp_path / "ct", [0, 1, 2])
+    for file in (tmp_path / "ct").iterdir():
+        data = pydicom.dcmread(file)
+        bare = pydicom.dataset.Dataset(data)
+        bare.save_as(file, implicit_vr=True, little_endian=True, enforce_file_format=False)
+        assert file.read_bytes()[128:132] != b"DICM"
+    np.testing.assert_array_equal(read_volume(tmp_path / "ct").voxels, stored * 2 - 1000)
+    assert read_volume(tmp_path / "ct/000.dcm").shape == (1, ROWS, COLUMNS)
+
+
+@pytest.mark.parametrize("suffix", ["", ".1.840.77", ".IMA"])
+def test_names_do_not_matter(tmp_path: Path, suffix: str):
+    stored = write_series(tmp_path / "ct", [0, 1, 2])
+    for file in list((tmp_path / "ct").iterdir()):
+        file.rename(file.with_suffix(suffix))
+    np.testing.assert_array_equal(read_volume(tmp_path / "ct").voxels, stored * 2 - 1000)
+
+
+def test_run_length_encoding_is_decoded(tmp_path: Path):
+    stored = write_series(tmp_path / "ct", [0, 1, 2])
+    for file in (tmp_path / "ct").iterdir():
+        data = pydicom.dcmread(file)
+        data.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        data.save_as(file)
+    np.testing.assert_array_equal(read_volume(tmp_path / "ct").voxels, stored * 2 - 1000)
+
+
+@pytest.mark.parametrize(("bits", "sign", "offset"), [(12, 0, -1024), (16, 0, -1024), (16, 1, 0), (12, 0, 0)])
+def test_pixel_formats_of_scanners(tmp_path: Path, bits: int, sign: int, offset: int):
+    rng = np.random.default_rng(0)
+    low, high = (-2000, 3000) if sign else (0, 1 << 12)
+    stored = rng.integers(low, high, (3, ROWS, COLUMNS))
+    for k in range(3):
+        tags = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": sign, "RescaleSlope": 1}
+        write_slice(tmp_path / f"{k}", stored[k].astype(np.uint16), (0, 0, k), RescaleIntercept=offset, **tags)
+    np.testing.assert_array_equal(read_volume(tmp_path).voxels.astype(int), stored + offset)
+
+
 def test_localizer_beside_a_series_is_passed_over(tmp_path: Path):
     stored = write_series(tmp_path / "a", [0, 1, 2], series="1.2.1")
     write_series(tmp_path / "b", [0], series="1.2.2", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
@@ -206,6 +245,13 @@ def test_two_phases_in_one_series_are_refused(tmp_path: Path):
         read_volume(tmp_path)
 
 
+def test_phases_a_hair_apart_are_refused(tmp_path: Path):
+    write_series(tmp_path / "a", [0, 1, 2])
+    write_series(tmp_path / "b", [0.02, 1.02, 2.02], seed=1)
+    with pytest.raises(InputError, match="two different slices lie at one position"):
+        read_volume(tmp_path)
+
+
 def test_slices_of_two_sizes_in_one_series_are_refused(tmp_path: Path):
     write_series(tmp_path, [0, 1, 2])
     write_slice(tmp_path / "other", np.zeros((8, 8), np.int16), (0, 0, 3))
@@ -247,7 +293,7 @@ def test_empty_and_foreign_folders_are_refused(tmp_path: Path):
     (tmp_path / "empty" / "a.dcm").write_bytes(b"nothing")
     with pytest.raises(InputError, match="none of its 1 files is a DICOM image"):
         read_volume(tmp_path / "empty")
-    with pytest.raises(InputError, match="not a scan"):
+    with pytest.raises(InputError, match="holds no DICOM image"):
         read_volume(tmp_path / "empty" / "a.dcm")
 
 
