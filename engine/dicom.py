@@ -268,7 +268,7 @@ def _stack(slices: list[Slice], path: Path) -> Series:
 def _drop_copies(slices: list[Slice], normal: np.ndarray, path: Path) -> list[Slice]:
     gaps = np.diff([item.position @ normal for item in slices])
     gaps = gaps[gaps > 1e-3]
-    closest = max(1e-3, _SAME * float(np.percentile(gaps, 75))) if len(gaps) else 1e-3
+    closest = max(1e-3, _SAME * float(np.quantile(gaps, 0.75, method="lower"))) if len(gaps) else 1e-3
     kept = slices[:1]
     for item in slices[1:]:
         if (item.position - kept[-1].position) @ normal > closest:
