@@ -147,6 +147,11 @@ def check_last_stride(op: str, what: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: expected {what} with last-axis stride 1, got {tensor.stride(-1)}; call .contiguous()")
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """Give the ``input_precision`` of `tl.dot` that float32 products have in PyTorch: TF32 only where it is allowed."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
 def device_guard(tensor: torch.Tensor) -> Any:
     """Make the tensor's GPU current for a launch; a no-op on the CPU, where only the interpreter launches."""
     return torch.cuda.device_of(tensor)
