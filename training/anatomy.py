@@ -156,16 +156,18 @@ def draw_body(seed: int, rng: np.random.Generator, sex: str, phase: str) -> Body
             warp[axis, term] = (rng.normal(0, amplitude * 0.6), *(2 * np.pi / wavelength), *rng.uniform(0, 6.3, 3))
         warp[axis, :, 0] *= min(1.0, (WARP_MM - 1) / np.abs(warp[axis, :, 0]).sum())
     column = PHASES.index(phase)
-    hu = {name: values[column] * rng.normal(1, 0.06) + rng.normal(0, 2) for name, values in TISSUE_HU.items()}
+    hu = {name: values[column] * rng.normal(1, 0.07) + rng.normal(0, 3) for name, values in TISSUE_HU.items()}
     if phase == "arterial":
         vessels = rng.uniform(0.75, 1.25)
         for name in ("aorta", "left heart", "right heart"):
             hu[name] *= vessels
+    hu["muscle"] -= max(0.0, rng.uniform(-15, 25))
+    hu["kidney cortex"], hu["kidney medulla"] = sorted((hu["kidney cortex"], hu["kidney medulla"]), reverse=True)
     if rng.random() < 0.15:
         hu["liver"] -= rng.uniform(8, 25)
     hu["fat"] = rng.normal(-104, 5)
     hu["bone"] = float(np.clip(rng.normal(1, 0.22), 0.55, 1.5))
-    hu["lung"] = rng.normal(-850, 38)
+    hu["lung"] = float(np.clip(rng.normal(-862, 40), -945, -770))
     dome_right = float(np.clip(rng.normal(151, 10), 128, 172))
     return Body(
         seed, sex, phase, scale, float(rng.gamma(2.4, 5.5) + 4), warp, hu, dome_right, dome_right - rng.uniform(4, 18)

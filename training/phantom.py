@@ -149,7 +149,12 @@ class Phantom:
 
     @cached_property
     def facts(self) -> dict:
-        """What a reader of the scan should say: JSON-able; see the module's README section for the fields."""
+        """What the field of view shows, JSON-able.
+
+        Keys: seed, region, phase, sex; structures (name to volume_ml and fraction inside the field of view, listed
+        from 1 mL and 15 % on); removed (organ names); findings (type, side, organ, location, size_mm, volume_ml, with
+        None for what does not apply).
+        """
         whole = np.array([[-265, 450], [-175, 140], [-175, 175]]) * self.body.scale[::-1, None]
         low, high = self.box_mm[:, 0], self.box_mm[:, 1]
         steps = (high - low) / np.round((high - low) / _FACTS_STEP_MM)
@@ -210,7 +215,7 @@ class Phantom:
             "volume_ml": None if volume is None else round(float(volume), 1),
         }
 
-    def native(self, max_matrix: int = 512, slab: int = 12) -> NativePhantom:
+    def native(self, max_matrix: int = 512, slab: int = 8) -> NativePhantom:
         """Render at a clinical geometry drawn from the seed: matrix, slice spacing and the orientation of the axes."""
         rng = np.random.default_rng((self.seed, 17))
         (z0, z1), (y0, y1), (x0, x1) = self.box_mm
@@ -290,14 +295,18 @@ def _plan(rng: np.random.Generator, types: list[str]) -> dict:
     sides = {kind: str(rng.choice(("left", "right"))) for kind in FINDINGS}
     if sides["pneumothorax"] == sides["pleural_effusion"]:
         sides["pneumothorax"] = "left" if sides["pleural_effusion"] == "right" else "right"
+    if sides["lung_nodule"] == sides["consolidation"]:
+        sides["lung_nodule"] = "left" if sides["consolidation"] == "right" else "right"
+    if sides["kidney_stone"] == sides["renal_cyst"]:
+        sides["kidney_stone"] = "left" if sides["renal_cyst"] == "right" else "right"
     removed = str(rng.choice(ABSENT, p=(0.4, 0.2, 0.2, 0.2)))
     if "splenomegaly" in types and removed == "spleen":
         removed = "gallbladder"
     if "kidney" in removed:
         other = "right" if removed.startswith("left") else "left"
         sides["renal_cyst"] = sides["kidney_stone"] = other
-    normal = {"liver": rng.uniform(1300, 1850), "spleen": rng.uniform(130, 270), "heart": rng.uniform(520, 720)}
-    large = {"liver": rng.uniform(2700, 3500), "spleen": rng.uniform(620, 1150), "heart": rng.uniform(1020, 1350)}
+    normal = {"liver": rng.uniform(1300, 1850), "spleen": rng.uniform(170, 310), "heart": rng.uniform(520, 720)}
+    large = {"liver": rng.uniform(2700, 3500), "spleen": rng.uniform(680, 1200), "heart": rng.uniform(1020, 1350)}
     for kind, organ in (("hepatomegaly", "liver"), ("splenomegaly", "spleen"), ("cardiomegaly", "heart")):
         if kind in types:
             normal[organ] = large[organ]
@@ -307,7 +316,7 @@ def _plan(rng: np.random.Generator, types: list[str]) -> dict:
         "removed list": [removed] if "absent_organ" in types else [],
         "targets": normal,
         "gap": rng.uniform(9, 20) if "ascites" in types else 0.0,
-        "amount": {"pleural_effusion": rng.uniform(28, 75), "pneumothorax": rng.uniform(22, 60)},
+        "amount": {"pleural_effusion": rng.uniform(16, 72), "pneumothorax": rng.uniform(22, 60)},
         "noise": rng.uniform(8, 22),
     }
 

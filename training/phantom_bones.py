@@ -79,7 +79,7 @@ def ribs(body: Body, side: int) -> tuple[Shape, Shape, Box]:
         iz, iy, ix = np.nonzero((offset < reach) & (offset > -reach) & (grid.x * side > -2))
         if iz.size == 0:
             return out
-        radial = offset[iz, iy, ix] * np.float32(1.6)
+        radial = offset[iz, iy, ix] * np.float32(1.5)
         z, height = grid.z[iz, iy, ix], grid.axes[2]
         a, b, c = (body.profile(f"cage {k}", height)[iz] for k in "abc")
         turn = np.arctan2(np.abs(grid.x[iz, iy, ix]) / a, (grid.y[iz, iy, ix] - c) / b) * np.float32(1 / np.pi)
@@ -95,7 +95,7 @@ def ribs(body: Body, side: int) -> tuple[Shape, Shape, Box]:
                 np.maximum(d, (end - turn) * 300, out=d)
                 np.maximum(d, (turn - np.float32(0.97 - max(0, number - 6) * 0.06)) * 300, out=d)
             else:
-                d = np.hypot((path - z) * np.float32(0.86), radial) - 6.3
+                d = np.hypot((path - z) * np.float32(0.86), radial) - 6.7
                 np.maximum(d, (turn - end) * 300, out=d)
                 np.maximum(d, (np.float32(0.075) - turn) * 300, out=d)
             np.minimum(best, d, out=best)

@@ -144,37 +144,31 @@ def _nodule(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
 
 
 def _consolidation(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
+    organ = f"{side} lung"
     lobe = str(rng.choice(["upper lobe", "lower lobe"]))
     radius = rng.uniform(36, 58)
-    spot = _interior_point(body, rng, f"{side} lung", 4, _in_lobe(lobe), most=25)
-    if spot is None:
-        return None
-    radii = radius * rng.uniform(0.8, 1.15, 3)
-    blob = Ellipsoid(tuple(spot), tuple(radii), rotation(*rng.uniform(0, 180, 3)), 0.2)
     lattice = rng.standard_normal((40, 40, 40)).astype(np.float32)
-    origin = spot - 140
+    lung = body.organs[organ][0]
+    for _ in range(5):
+        spot = _interior_point(body, rng, organ, 4, _in_lobe(lobe), most=25)
+        if spot is None:
+            return None
+        blob = Ellipsoid(tuple(spot), tuple(radius * rng.uniform(0.8, 1.15, 3)), rotation(*rng.uniform(0, 180, 3)), 0.2)
 
-    def shape(grid: Grid) -> np.ndarray:
-        d = blob(grid)
-        d += lattice_noise(lattice, origin, 7.0, grid) * np.float32(3.5)
-        upper = lobe_field(grid)
-        return np.maximum(d, -upper if lobe == "upper lobe" else upper, out=d)
+        def shape(grid: Grid, blob: Ellipsoid = blob, origin: np.ndarray = spot - 140) -> np.ndarray:
+            d = blob(grid)
+            d += lattice_noise(lattice, origin, 7.0, grid) * np.float32(3.5)
+            upper = lobe_field(grid)
+            return np.maximum(d, -upper if lobe == "upper lobe" else upper, out=d)
 
-    low, high = np.array(blob.box[::2]) - 8, np.array(blob.box[1::2]) + 8
-    box = (low[0], high[0], low[1], high[1], low[2], high[2])
-    return Finding(
-        "consolidation",
-        side,
-        f"{side} lung",
-        lobe,
-        None,
-        None,
-        shape,
-        box,
-        f"{side} lung",
-        hu=rng.normal(34, 8),
-        fuzzy_mm=6,
-    )
+        low, high = np.array(blob.box[::2]) - 8, np.array(blob.box[1::2]) + 8
+        box = (low[0], high[0], low[1], high[1], low[2], high[2])
+        grid = body.warped(*(np.arange(low[k], high[k], 7.0) for k in range(3)), 7.0, deform=False)
+        if np.count_nonzero((shape(grid) < 0) & (lung(grid) < 0)) * 0.343 * np.prod(body.scale) > 85:
+            break
+        radius *= 1.15
+    hu = rng.normal(34, 8)
+    return Finding("consolidation", side, organ, lobe, None, None, shape, box, organ, hu=hu, fuzzy_mm=6)
 
 
 def _liver_lesion(body: Body, rng: np.random.Generator, side: str) -> Finding | None:

@@ -201,7 +201,7 @@ def skeleton_layers(painter: Painter) -> list[Part]:
 
     def bone(inner: float, outer: float, cortex: float) -> Value:
         def value(grid: Grid, d: np.ndarray) -> np.ndarray:
-            core = np.float32(inner * dense) + grid.fields["fine"] * np.float32(22)
+            core = np.float32(inner * dense) + grid.fields["fine"] * np.float32(40)
             return np.where(d > -cortex, np.float32(outer * dense), core)
 
         return value
@@ -211,14 +211,14 @@ def skeleton_layers(painter: Painter) -> list[Part]:
     for side, word in ((-1, "right"), (1, "left")):
         rib, cartilage, rib_box = bones.ribs(body, side)
         parts.append(Part(cartilage, rib_box, painter.tissue(95, 14), KEEP))
-        parts.append(Part(rib, rib_box, bone(210, 520, 2.0), s[f"{word} ribs"]))
+        parts.append(Part(rib, rib_box, bone(230, 700, 2.0), s[f"{word} ribs"]))
         parts.append(Part(*bones.shoulder(side), bone(190, 600, 2.5), 0))
     cord = smooth_path([[0, body.spine_y(z) + 25, z] for z in range(-80, 441, 40)], [7.0] * 14, 14)
-    parts.append(Part(vertebrae, box, bone(190, 380, 1.3), s["vertebrae"]))
+    parts.append(Part(vertebrae, box, bone(195, 600, 1.7), s["vertebrae"]))
     parts.append(Part(cord, cord.box, 32.0, KEEP, KEEP))
-    parts.append(Part(*bones.sternum(body), bone(130, 380, 1.8), s["sternum"]))
-    parts.append(Part(*bones.sacrum(), bone(120, 360, 2.0), s["sacrum"]))
+    parts.append(Part(*bones.sternum(body), bone(140, 430, 1.8), s["sternum"]))
+    parts.append(Part(*bones.sacrum(), bone(105, 480, 2.0), s["sacrum"]))
     for side, word in ((-1, "right"), (1, "left")):
-        parts.append(Part(*bones.hip_bone(side), bone(190, 600, 2.2), s[f"{word} hip bone"]))
+        parts.append(Part(*bones.hip_bone(side), bone(205, 750, 2.2), s[f"{word} hip bone"]))
         parts.append(Part(*bones.femur(side), bone(230, 800, 3.0), s[f"{word} femur"]))
     return parts
