@@ -256,9 +256,16 @@ def _fake(
 _volume_ingest = define_op("volume_ingest", volume_ingest_reference, _launch_volume_ingest, _fake)
 
 
-@lru_cache(maxsize=64)
-def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _make_constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+_kept_constant = lru_cache(maxsize=64)(_make_constant)
+
+
+def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, so that a repeated call copies nothing to the device; inside a graph it is a constant anyway.
+    return (_make_constant if torch.compiler.is_compiling() else _kept_constant)(values, dtype, device)
 
 
 def as_voxels(voxels: Tensor | np.ndarray, device: torch.device | str | None = None) -> tuple[Tensor, tuple[int, ...]]:
