@@ -315,7 +315,7 @@ def _plan(rng: np.random.Generator, types: list[str]) -> dict:
         "removed": removed,
         "removed list": [removed] if "absent_organ" in types else [],
         "targets": normal,
-        "gap": rng.uniform(9, 20) if "ascites" in types else 0.0,
+        "gap": rng.uniform(6, 15) if "ascites" in types else 0.0,
         "amount": {"pleural_effusion": rng.uniform(16, 72), "pneumothorax": rng.uniform(22, 60)},
         "noise": rng.uniform(8, 22),
     }

@@ -236,6 +236,7 @@ def _aneurysm(body: Body, rng: np.random.Generator, region: str) -> Finding:
     extra = diameter / 2 / body.scale[:2].mean() - normal
     points = tube.points + np.outer(bulge, [extra * 0.35, -extra * 0.75, 0.0])
     wide = Tube(points, tube.radii + bulge * extra)
+    descending = Tube(wide.points[downward], wide.radii[downward])
     body.extra["aorta"] = wide
     body.organs["aorta"] = (wide, wide.box)
     low, high = middle - spread, middle + spread
@@ -245,7 +246,7 @@ def _aneurysm(body: Body, rng: np.random.Generator, region: str) -> Finding:
     box = (center[0] - reach, center[0] + reach, center[1] - reach, center[1] + reach, low, high)
 
     def shape(grid: Grid) -> np.ndarray:
-        d = np.maximum(wide(grid), (np.abs(grid.z - np.float32(middle)) - np.float32(spread)) * 4)
+        d = np.maximum(descending(grid), (np.abs(grid.z - np.float32(middle)) - np.float32(spread)) * 4)
         return np.maximum(d, np.abs(grid.x - np.float32(center[0])) - np.float32(reach), out=d)
 
     thrombus = float(rng.choice([0.0, rng.uniform(4, 14)]))

@@ -127,11 +127,14 @@ class Painter:
         body, hu, s = self.body, self.body.hu, self.structures
         parts: list[Part] = []
 
-        def lung_value(grid: Grid, d: np.ndarray) -> np.ndarray:
-            value = np.clip(grid.fields["fine"] - 1.25, 0, 1.2) * 300
-            value += np.float32(hu["lung"])
-            value += grid.y * np.float32(0.28)
-            value += grid.fields["texture"] * 12
+        def lung_value(base: float) -> Value:
+            def value(grid: Grid, d: np.ndarray) -> np.ndarray:
+                mixed = np.clip(grid.fields["fine"] - 1.25, 0, 1.2) * 300
+                mixed += np.float32(base)
+                mixed += grid.y * np.float32(0.28)
+                mixed += grid.fields["texture"] * 12
+                return mixed
+
             return value
 
         for name in ("left lung", "right lung"):
@@ -140,7 +143,8 @@ class Painter:
                 if f.organ == name and f.type in ("pleural_effusion", "pneumothorax"):
                     tissue = self.tissue(f.hu, 3.0)
                     parts.append(Part(pleura, box, tissue, 0, FINDINGS[f.type]))
-            parts.append(Part(*body.organs[name], lung_value, s[name]))
+            collapsed = any(f.type == "pneumothorax" and f.organ == name for f in self.found)
+            parts.append(Part(*body.organs[name], lung_value(hu["lung"] + 90 * collapsed), s[name]))
         vessel_hu = (hu["right heart"] + hu["left heart"]) / 2
         for name, side in (("left lung", 1), ("right lung", -1)):
             for tube in self._lung_vessels(side):
