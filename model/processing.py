@@ -155,7 +155,7 @@ def foreground_box(scan: ScanArray, threshold_hu: float) -> Box:
     if not count:
         return (0, 0, 0, *(int(s) for s in shape))
     sizes = np.bincount(labels.ravel())[1:]
-    where = ndimage.find_objects(labels == 1 + sizes.argmax())[0]
+    where = ndimage.find_objects(labels)[sizes.argmax()]
     low = [max(0, (s.start - 1) * int(n)) for s, n in zip(where, step)]
     high = [min(int(m), (s.stop + 1) * int(n)) for s, n, m in zip(where, step, shape)]
     return (*low, *high)

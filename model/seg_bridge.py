@@ -30,4 +30,4 @@ def seg_positions(input_ids: Tensor, seg_token_id: int, convention: str) -> tupl
         Sample indices (N,) and positions (N,), in reading order.
     """
     sample, position = torch.nonzero(input_ids == seg_token_id, as_tuple=True)
-    return sample, position - (convention == "predicting")
+    return sample, position - int(convention == "predicting")

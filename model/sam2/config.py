@@ -27,7 +27,7 @@ _HIERA = {
 }
 _MICRO = {
     "image_size": 256,
-    "embed_dim": 48,
+    "embed_dim": 32,
     "num_heads": 1,
     "stages": (1, 2, 4, 1),
     "global_blocks": (4, 6, 7),

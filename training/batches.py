@@ -1,0 +1,323 @@
+"""Batches of every training phase, as functions of the step number alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from medvl_sam2.model.config import MedVLConfig
+from medvl_sam2.model.processing import VolumeProcessor
+from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens, with_choices
+from medvl_sam2.training.config import PhaseConfig, TrainConfig
+from medvl_sam2.training.facts import fact_vector, facts_text
+from medvl_sam2.training.packing import TextBatch, pack
+from medvl_sam2.training.phantom import FINDINGS, STRUCTURES
+from medvl_sam2.training.phantom_findings import MASKED
+from medvl_sam2.training.questions import make_questions
+from medvl_sam2.training.reports import write_report
+from medvl_sam2.training.requests import make_requests
+from medvl_sam2.training.segmentation import Clips
+from medvl_sam2.training.store import PhantomStore, Sample
+
+Target = tuple[str, str, str | None]
+
+# Classes of the dense and promptable pre-training: every structure, then every finding that has a mask.
+CLASSES: tuple[Target, ...] = (
+    *(("structure", name, None) for name in STRUCTURES),
+    *(("finding", name, None) for name in MASKED),
+)
+# A finding of a few voxels counts for its patch as if it filled this many.
+_FINDING_VOXELS = 8
+
+
+@dataclass
+class VisionBatch:
+    """Encoder grids with what each patch and each scan holds.
+
+    Attributes:
+        grid: (B, 1, D, H, W) in 0-1.
+        patches: (B, T, len(CLASSES)) share of each class in each patch.
+        facts: (B, len(FACTS)) 0 or 1.
+    """
+
+    grid: Tensor
+    patches: Tensor
+    facts: Tensor
+
+
+@dataclass
+class ClassBatch:
+    """Clips with the classes asked for.
+
+    Attributes:
+        clips: See `Clips`.
+        classes: (N,) index into `CLASSES`.
+        dense: (V, T, m, m) class of each mask pixel, 0 background, else 1 + index.
+    """
+
+    clips: Clips
+    classes: Tensor
+    dense: Tensor
+
+
+@dataclass
+class JointBatch:
+    """Scans with their text and, in stage 3, their clips.
+
+    Attributes:
+        grid: (B, 1, D, H, W) in 0-1.
+        text: Packed turns; [SEG] tokens in the order of `clips.owner`.
+        clips: None in text-only batches.
+    """
+
+    grid: Tensor
+    text: TextBatch
+    clips: Clips | None
+
+
+class Batches:
+    """Makes batches from stored phantoms.
+
+    Args:
+        store: Rendered phantoms.
+        model: Model config.
+        chat: Token ids of conversations; None for the phases without text.
+        config: Of the run.
+    """
+
+    def __init__(self, store: PhantomStore, model: MedVLConfig, chat: ChatTokens | None, config: TrainConfig):
+        self.store, self.model, self.chat, self.config = store, model, chat, config
+        self.processor = VolumeProcessor(model)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def _samples(self, step: int, phase: PhaseConfig, tag: int) -> list[tuple[Sample, np.random.Generator]]:
+        drawn = []
+        for n in range(step * phase.batch, (step + 1) * phase.batch):
+            epoch, place = divmod(n, len(self.store))
+            if self._order[0] != epoch:
+                order = np.random.default_rng([self.config.seed, tag, epoch]).permutation(len(self.store))
+                self._order = epoch, order
+            rng = np.random.default_rng([self.config.seed, tag, 1, n])
+            drawn.append((self.store[int(self._order[1][place])], rng))
+        return drawn
+
+    def language(self, step: int) -> TextBatch:
+        """Text-only turns about scans described in words: what the LLM knows before it sees any image."""
+        turns, contexts = [], []
+        for sample, rng in self._samples(step, self.config.language, 0):
+            turns.append(self._text_turns(sample.facts, self.config.language, rng))
+            turns[-1] += [(r.text, r.answer) for r in self._requests(sample.facts, self.config.language, rng)]
+            contexts.append(facts_text(sample.facts, rng))
+        return pack(self.chat, turns, contexts)
+
+    def vision(self, step: int) -> VisionBatch:
+        """Grids with the content of every patch."""
+        drawn = self._samples(step, self.config.vision, 1)
+        patches = torch.stack([self._patch_shares(sample) for sample, _ in drawn])
+        facts = torch.stack([torch.from_numpy(fact_vector(sample.facts)) for sample, _ in drawn])
+        return VisionBatch(self._grids(drawn), patches, facts)
+
+    def sam2(self, step: int) -> ClassBatch:
+        """Clips with clicks, boxes and class prompts."""
+        phase = self.config.sam2
+        drawn = self._samples(step, phase, 2)
+        kind = _prompt_kind(np.random.default_rng([self.config.seed, 2, 2, step]))
+        clips, classes, dense = [], [], []
+        for sample, rng in drawn:
+            run = _Run(sample, rng)
+            visible = [i for i, target in enumerate(CLASSES) if run.mask(target)[0].any()]
+            anywhere = [i for i, target in enumerate(CLASSES) if run.mask(target).any()]
+            chosen = _choose(rng, visible, anywhere, phase.requests, semantic=kind.semantic, spatial=kind.points > 0)
+            clips.append(self._clip(run, [CLASSES[i] for i in chosen], kind, rng))
+            classes += chosen
+            dense.append(run.dense(self.model.sam2.mask_size))
+        return ClassBatch(_join(clips, kind), torch.tensor(classes), torch.stack(dense))
+
+    def stage(self, name: str) -> Callable[[int], JointBatch]:
+        """Batches of one of the paper's stages: "stage1", "stage2" or "stage3"."""
+        phase: PhaseConfig = getattr(self.config, name)
+        tag = 2 + int(name[-1])
+        return lambda step: self._joint(step, phase, tag, segmentation=name == "stage3")
+
+    def _joint(self, step: int, phase: PhaseConfig, tag: int, *, segmentation: bool) -> JointBatch:
+        drawn = self._samples(step, phase, tag)
+        kind = _prompt_kind(np.random.default_rng([self.config.seed, tag, 2, step]), always_semantic=True)
+        turns, clips = [], []
+        for sample, rng in drawn:
+            turns.append(self._text_turns(sample.facts, phase, rng))
+            if segmentation:
+                requests = self._requests(sample.facts, phase, rng)
+                turns[-1] += [(request.text, request.answer) for request in requests]
+                targets = [target for request in requests for target in request.targets]
+                clips.append(self._clip(_Run(sample, rng, targets), targets, kind, rng))
+        return JointBatch(self._grids(drawn), pack(self.chat, turns), _join(clips, kind) if segmentation else None)
+
+    def _text_turns(self, facts: dict[str, Any], phase: PhaseConfig, rng: np.random.Generator) -> list[tuple[str, str]]:
+        turns = []
+        if rng.random() < phase.report:
+            turns.append((REPORT_REQUEST, write_report(facts, rng)))
+        if phase.questions:
+            questions = make_questions(facts, rng)
+            for i in rng.permutation(len(questions))[: phase.questions]:
+                question = questions[i]
+                text = with_choices(question.text, question.choices) if question.choices else question.text
+                turns.append((text, question.answer))
+        return turns
+
+    def _requests(self, facts: dict[str, Any], phase: PhaseConfig, rng: np.random.Generator) -> list[Any]:
+        requests = make_requests(facts, rng) if phase.requests else []
+        return [requests[i] for i in rng.permutation(len(requests))[: phase.requests]]
+
+    def _grids(self, drawn: list[tuple[Sample, np.random.Generator]]) -> Tensor:
+        grids = torch.stack([_scanner(sample.grid, rng) for sample, rng in drawn])
+        return _windowed(grids, self.model.volume.window)[:, None]
+
+    def _patch_shares(self, sample: Sample) -> Tensor:
+        (d, h, w), (p, q, r) = self.model.volume.size, self.model.volume.patch
+        tokens = self.model.volume.tokens
+        patch = np.arange(tokens).reshape(d // p, h // q, w // r)
+        patch = np.repeat(np.repeat(np.repeat(patch, p, 0), q, 1), r, 2)
+
+        def count(labels: np.ndarray, classes: int) -> np.ndarray:
+            flat = np.bincount((patch * (classes + 1) + labels).ravel(), minlength=tokens * (classes + 1))
+            return flat.reshape(-1, classes + 1)[:, 1:]
+
+        structures = count(sample.grid_structures, len(STRUCTURES)) / (p * q * r)
+        findings = np.minimum(count(sample.grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
+        return torch.from_numpy(np.concatenate([structures, findings], 1)).float()
+
+    def _clip(self, run: "_Run", targets: list[Target], kind: "_Kind", rng: np.random.Generator) -> Clips:
+        masks = [run.mask(target) for target in targets]
+        size = self.model.sam2.mask_size
+        shares = [F.adaptive_avg_pool2d(torch.from_numpy(mask).float(), size) for mask in masks]
+        spatial = [_spatial_prompt(mask[0], kind.points, rng) for mask in masks]
+        side = self.model.sam2.image_size
+        hu = _scanner(run.hu, rng)
+        channels = torch.stack([_windowed(hu, window) for window in self.model.volume.slice_windows], 1)
+        empty = torch.zeros(0, len(run.hu), size, size)
+        return Clips(
+            images=self.processor.normalise(channels.view(-1, 3, side, side)),
+            owner=torch.zeros(len(targets), dtype=torch.long),
+            targets=torch.stack(shares) if shares else empty,
+            points=torch.tensor(np.array([p for p, _ in spatial]), dtype=torch.float32).view(
+                len(targets), kind.points, 2
+            ),
+            point_labels=torch.tensor(np.array([n for _, n in spatial]), dtype=torch.int32).view(
+                len(targets), kind.points
+            ),
+            semantic=kind.semantic,
+        )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Prompts of one step, the same for all its objects: points per object (0, 1 click, 2 box corners)."""
+
+    semantic: bool
+    points: int
+
+
+def _prompt_kind(rng: np.random.Generator, *, always_semantic: bool = False) -> _Kind:
+    if always_semantic:
+        return _Kind(True, int(rng.choice([0, 1, 2], p=[0.6, 0.2, 0.2])))
+    semantic, points = [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)][
+        rng.choice(5, p=[0.4, 0.15, 0.15, 0.15, 0.15])
+    ]
+    return _Kind(semantic, points)
+
+
+class _Run:
+    """One run of consecutive slices of a sample, in one of the two directions."""
+
+    def __init__(self, sample: Sample, rng: np.random.Generator, targets: list[Target] | None = None):
+        runs = sample.slices.shape[0]
+        order = slice(None, None, int(rng.choice([1, -1])))
+        self.midline = sample.midline
+        weights = np.ones(runs)
+        if targets:
+            # Prefer the run that shows most of what is asked for.
+            for run in range(runs):
+                self._take(sample, run, order)
+                weights[run] += 3 * sum(self.mask(target).any() for target in targets)
+        self._take(sample, int(rng.choice(runs, p=weights / weights.sum())), order)
+
+    def _take(self, sample: Sample, run: int, order: slice) -> None:
+        self.hu = sample.slices[run][order]
+        self.structures = sample.slice_structures[run][order]
+        self.findings = sample.slice_findings[run][order]
+
+    def mask(self, target: Target) -> np.ndarray:
+        """(T, R, R) bool."""
+        kind, name, side = target
+        mask = self.structures == STRUCTURES[name] if kind == "structure" else self.findings == FINDINGS[name]
+        if side is None or kind == "structure":
+            return mask
+        left = np.arange(mask.shape[-1]) + 0.5 > self.midline * mask.shape[-1]
+        return mask & (left if side == "left" else ~left)
+
+    def dense(self, size: int) -> Tensor:
+        """(T, size, size) class per mask pixel; a finding wins over its structure."""
+        step = self.structures.shape[-1] // size
+        near = slice(step // 2, None, step)
+        structures, findings = self.structures[:, near, near], self.findings[:, near, near]
+        labels = np.where(findings > 0, findings.astype(np.int64) + len(STRUCTURES), structures)
+        return torch.from_numpy(labels.astype(np.int64))
+
+
+def _choose(
+    rng: np.random.Generator, visible: list[int], anywhere: list[int], count: int, *, semantic: bool, spatial: bool
+) -> list[int]:
+    pool = visible if spatial else anywhere
+    if not pool:
+        pool = list(range(len(CLASSES)))
+    # Findings are rare and small: half again as likely as a structure.
+    weights = np.array([1.5 if CLASSES[i][0] == "finding" else 1.0 for i in pool])
+    chosen = [int(i) for i in rng.choice(pool, count, p=weights / weights.sum(), replace=len(pool) < count)]
+    if semantic and not spatial:
+        absent = rng.random(count) < 0.2
+        chosen = [int(rng.integers(len(CLASSES))) if a else c for a, c in zip(absent, chosen)]
+    return chosen
+
+
+def _spatial_prompt(mask: np.ndarray, points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A click (1 point) or a loose box (2 corners) on one slice; labels -1 where the object is not on it."""
+    if not points or not mask.any():
+        return np.zeros((points, 2)), np.full(points, -1)
+    rows, columns = np.nonzero(mask)
+    if points == 1:
+        # Users click well inside: the deepest of a few random pixels.
+        tries = rng.integers(len(rows), size=8)
+        centre = np.array([columns.mean(), rows.mean()])
+        spots = np.stack([columns[tries], rows[tries]], 1)
+        near = np.abs(spots - centre).sum(1).argmin() if rng.random() < 0.7 else 0
+        return spots[near : near + 1] + 0.5, np.array([1])
+    low = np.array([columns.min(), rows.min()], float)
+    high = np.array([columns.max(), rows.max()], float) + 1
+    noise = rng.normal(0, 0.04, (2, 2)) * (high - low) + rng.normal(0, 0.7, (2, 2))
+    return np.stack([low + noise[0], high + noise[1]]), np.array([2, 3])
+
+
+def _scanner(hu: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """HU with the differences between scanners: offset, gain and noise."""
+    values = torch.from_numpy(hu.astype(np.float32))
+    noise = torch.from_numpy(rng.standard_normal(values.shape, dtype=np.float32))
+    return values * float(rng.normal(1, 0.02)) + float(rng.normal(0, 8)) + noise * float(rng.uniform(0, 12))
+
+
+def _windowed(hu: Tensor, window: tuple[float, float]) -> Tensor:
+    return ((hu - window[0]) / (window[1] - window[0])).clamp(0, 1)
+
+
+def _join(clips: list[Clips], kind: _Kind) -> Clips:
+    return Clips(
+        images=torch.stack([clip.images for clip in clips]),
+        owner=torch.cat([clip.owner + i for i, clip in enumerate(clips)]),
+        targets=torch.cat([clip.targets for clip in clips]),
+        points=torch.cat([clip.points for clip in clips]),
+        point_labels=torch.cat([clip.point_labels for clip in clips]),
+        semantic=kind.semantic,
+    )

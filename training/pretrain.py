@@ -1,0 +1,112 @@
+"""Pre-training of the parts, where the paper starts from public checkpoints.
+
+The full model begins with M3D-CLIP, InternVL2.5 and SAM2, trained elsewhere. The `tiny` preset has no such parts, so
+each learns its trade on phantoms first: the LLM on texts without images, the 3D ViT on what scans and patches hold (in
+place of image-report pairs), SAM2 on clicks, boxes and class prompts. The heads made here are thrown away.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.sam2 import SliceFeatures
+from medvl_sam2.training.batches import CLASSES, Batches, ClassBatch, VisionBatch
+from medvl_sam2.training.config import TrainConfig
+from medvl_sam2.training.facts import FACTS
+from medvl_sam2.training.loop import Losses, run_phase
+from medvl_sam2.training.packing import TextBatch
+from medvl_sam2.training.segmentation import clip_losses
+
+# Patches are mostly of a few large structures; a logit offset of this much starts every class as rare.
+_RARE_LOGIT = -4.0
+# Weight of the dense term beside the promptable one.
+_DENSE_WEIGHT = 0.5
+
+
+def pretrain_language(model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
+    """Train the whole LLM on text; LoRA stays at zero."""
+    causal = model.language.causal
+    for name, parameter in causal.named_parameters():
+        parameter.requires_grad_(".lora_" not in name)
+
+    def losses(batch: TextBatch) -> Losses:
+        hidden = causal.model(
+            inputs_embeds=causal.get_input_embeddings()(batch.input_ids),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        scored = batch.labels[:, 1:] != -100
+        logits = causal.get_output_embeddings()(hidden[:, :-1][scored]).float()
+        return {"loss": F.cross_entropy(logits, batch.labels[:, 1:][scored])}
+
+    run_phase("language", {"language": causal}, batches.language, losses, config, out)
+    with torch.no_grad():
+        model.language.seg_input.copy_(causal.get_input_embeddings().weight[model.language.seg_token_id])
+        model.language.seg_output.copy_(causal.get_output_embeddings().weight[model.language.seg_token_id])
+
+
+class _VisionHeads(nn.Module):
+    """What each patch holds, and what is true of the scan."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.patch = nn.Linear(width, len(CLASSES))
+        self.scan = nn.Linear(2 * width, len(FACTS))
+        nn.init.constant_(self.patch.bias, _RARE_LOGIT)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = torch.cat([tokens.mean(1), tokens.amax(1)], -1)
+        return self.patch(tokens), self.scan(pooled)
+
+
+def pretrain_vision(model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
+    """Train the 3D ViT on the content of patches and scans."""
+    vision = model.vision.requires_grad_(True)
+    heads = _VisionHeads(model.config.vision.hidden_size)
+
+    def losses(batch: VisionBatch) -> Losses:
+        patches, scan = heads(vision(batch.grid))
+        # Summed over classes: a mean would let the many empty ones drown the few that are there.
+        dense = F.binary_cross_entropy_with_logits(patches.float(), batch.patches, reduction="none").sum(-1).mean()
+        facts = F.binary_cross_entropy_with_logits(scan.float(), batch.facts)
+        return {"loss": dense + 10 * facts, "dense": dense, "facts": facts}
+
+    run_phase("vision", {"vision": vision, "heads": heads}, batches.vision, losses, config, out)
+
+
+class _SAM2Heads(nn.Module):
+    """Class prompts, and a dense classifier on the image features that teaches them anatomy on every pixel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.classes = nn.Embedding(len(CLASSES), width)
+        self.coarse = nn.Conv2d(width, 64, 1)
+        self.middle = nn.Conv2d(width // 4, 64, 1)
+        self.fine = nn.Conv2d(width // 8, 64, 1)
+        self.out = nn.Conv2d(64, len(CLASSES) + 1, 1)
+
+    def forward(self, features: SliceFeatures) -> Tensor:
+        fine, middle = features.high_res
+        x = self.middle(middle) + F.interpolate(self.coarse(features.vision), scale_factor=2.0)
+        x = self.fine(fine) + F.interpolate(x, scale_factor=2.0, mode="bilinear")
+        return self.out(F.gelu(x))
+
+
+def pretrain_sam2(model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
+    """Train all of SAM2, memory included, on promptable segmentation of clips."""
+    sam2 = model.sam2.requires_grad_(True)
+    heads = _SAM2Heads(model.config.sam2.d_model)
+
+    def losses(batch: ClassBatch) -> Losses:
+        clips = batch.clips
+        features = sam2.encode_images(clips.images.flatten(0, 1))
+        embeddings = heads.classes(batch.classes)[:, None] if clips.semantic else None
+        terms = clip_losses(sam2, features, clips, embeddings, config.loss, model.config)
+        dense = F.cross_entropy(heads(features).float(), batch.dense.flatten(0, 1))
+        return {**terms, "loss": terms["loss"] + _DENSE_WEIGHT * dense, "dense": dense}
+
+    run_phase("sam2", {"sam2": sam2, "heads": heads}, batches.sam2, losses, config, out)
