@@ -122,3 +122,20 @@ def addresses_only() -> Iterator[set[int]]:
         yield asked
     finally:
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = original_load, original_store
+
+
+@contextmanager
+def program_at(x: int = 0, y: int = 0, z: int = 0) -> Iterator[None]:
+    """Add (x, y, z) to every program's index, so that a launch of few programs runs those far into a large grid."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    original = InterpreterBuilder.set_grid_idx
+
+    def shifted(self, i: int, j: int, k: int) -> None:
+        self.grid_idx = (i + x, j + y, k + z)
+
+    try:
+        InterpreterBuilder.set_grid_idx = shifted
+        yield
+    finally:
+        InterpreterBuilder.set_grid_idx = original
