@@ -11,12 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medvl_sam2.training.phantom_shapes import (
-    WARP_MM,
-    Box,
-    Grid,
-    outline,
-)
+from medvl_sam2.training.phantom_shapes import WARP_MM, Box, Grid, outline, smooth_max
 
 Shape = Callable[[Grid], np.ndarray]
 PHASES = ("non-contrast", "arterial", "portal venous")
@@ -121,7 +116,7 @@ class Body:
         left *= left
         left *= np.where(x > 70, np.float32(30), np.float32(15))
         left += np.float32(self.dome_right - self.dome_left)
-        right = np.minimum(left, right)
+        right = -smooth_max(-left, -right, 16)
         right += back
         right += wall
         right += grid.z
