@@ -210,6 +210,7 @@ class Batches:
                 len(targets), kind.points
             ),
             semantic=kind.semantic,
+            memory=kind.memory,
         )
 
 
@@ -219,15 +220,24 @@ class _Kind:
 
     semantic: bool
     points: int
+    memory: bool = True
+
+
+# Share of each kind of step.
+_KINDS = (
+    (_Kind(True, 0, memory=False), 0.3),
+    (_Kind(True, 0), 0.2),
+    (_Kind(True, 1), 0.13),
+    (_Kind(True, 2), 0.13),
+    (_Kind(False, 1), 0.12),
+    (_Kind(False, 2), 0.12),
+)
 
 
 def _prompt_kind(rng: np.random.Generator, *, always_semantic: bool = False) -> _Kind:
-    if always_semantic:
-        return _Kind(True, int(rng.choice([0, 1, 2], p=[0.6, 0.2, 0.2])))
-    semantic, points = [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)][
-        rng.choice(5, p=[0.4, 0.15, 0.15, 0.15, 0.15])
-    ]
-    return _Kind(semantic, points)
+    kinds = [(kind, share) for kind, share in _KINDS if kind.semantic or not always_semantic]
+    shares = np.array([share for _, share in kinds])
+    return kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))][0]
 
 
 class _Run:
@@ -320,4 +330,5 @@ def _join(clips: list[Clips], kind: _Kind) -> Clips:
         points=torch.cat([clip.points for clip in clips]),
         point_labels=torch.cat([clip.point_labels for clip in clips]),
         semantic=kind.semantic,
+        memory=kind.memory,
     )

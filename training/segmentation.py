@@ -23,6 +23,8 @@ class Clips:
         points: (N, P, 2) prompts on the first slice, in image pixels; P is 0 without spatial prompts.
         point_labels: (N, P): 1 and 0 clicks, 2 and 3 box corners, -1 none.
         semantic: Whether the objects are asked for by language too.
+        memory: Carry SAM2's memory from slice to slice; False asks for the objects on every slice anew, which is how
+            a text-prompted scan finds its best slice.
     """
 
     images: Tensor
@@ -31,6 +33,7 @@ class Clips:
     points: Tensor
     point_labels: Tensor
     semantic: bool
+    memory: bool
 
 
 def clip_losses(
@@ -56,8 +59,15 @@ def clip_losses(
         "loss" with the weights applied, and its terms: "bce", "dice", "object_score", "iou".
     """
     length = clips.images.shape[1]
+    if not clips.memory:
+        each = (clips.owner[:, None] * length + torch.arange(length)).flatten()
+        prompts = Prompts(embeddings=embeddings.repeat_interleave(length, 0))
+        step = sam2.step(
+            features.select(each), prompts, None, is_conditioning=True, encode_memory=False, gate_by_object_score=False
+        )
+        return _score(step.low_res_logits, step.object_score, step.iou, clips.targets, weights)
     memory = MemoryBank(settings.volume.slices)
-    logits, scores, ious = [], [], []
+    steps = []
     for t in range(length):
         step = sam2.step(
             features.select(clips.owner * length + t),
@@ -68,12 +78,13 @@ def clip_losses(
             encode_memory=t + 1 < length,
             gate_by_object_score=False,
         )
-        if t + 1 < length:
+        if step.memory is not None:
             memory.add(t, step.memory, is_conditioning=t == 0)
-        logits.append(step.low_res_logits[:, 0])
-        scores.append(step.object_score[:, 0])
-        ious.append(step.iou)
-    return _score(torch.stack(logits, 1), torch.stack(scores, 1), torch.stack(ious, 1), clips.targets, weights)
+        steps.append(step)
+    logits, scores, ious = (
+        torch.stack([getattr(step, name) for step in steps], 1) for name in ("low_res_logits", "object_score", "iou")
+    )
+    return _score(logits, scores, ious, clips.targets, weights)
 
 
 def _prompts(clips: Clips, embeddings: Tensor | None, *, first: bool, every_slice: bool) -> Prompts | None:
@@ -88,7 +99,8 @@ def _prompts(clips: Clips, embeddings: Tensor | None, *, first: bool, every_slic
 
 
 def _score(logits: Tensor, scores: Tensor, ious: Tensor, targets: Tensor, weights: LossConfig) -> dict[str, Tensor]:
-    logits, targets = logits.flatten(0, 1).float(), targets.flatten(0, 1)
+    # One row per object and slice, object by object.
+    logits, targets = logits.reshape(-1, *targets.shape[-2:]).float(), targets.flatten(0, 1)
     # Half a mask pixel is the least that counts as the object being on a slice.
     present = (targets.sum((1, 2)) > 0.5).float()
     bce, dice = segmentation_loss(logits, targets)

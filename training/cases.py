@@ -1,0 +1,119 @@
+"""Scans with truth, for evaluation: unseen phantoms, and folders of real CTs with masks beside them."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medvl_sam2.engine.volumes import InputError, Volume, read_mask, read_volume
+from medvl_sam2.training.phantom import EVALUATION_SEED_START, FINDINGS, STRUCTURES, make_phantom
+from medvl_sam2.training.phantom_findings import MASKED
+
+# Names of public label sets, after lower case, spaces and side in front, to ours. Patterns match whole names.
+_ALIASES = (
+    (
+        r"(left|right) lung( (upper|middle|lower) (lobe|third))?|lung (upper|middle|lower) lobe (left|right)",
+        "{side} lung",
+    ),
+    (r"heart.*|atrial appendage.*", "heart"),
+    (r"postcava|inferior vena cava", "inferior vena cava"),
+    (r"vertebrae .*|.*(spine|vertebral column)", "vertebrae"),
+    (r"rib (left|right) .*|(left|right) ribs?", "{side} ribs"),
+    (r"(left |right )?hip( bone)?( left| right)?", "{side} hip bone"),
+    (r"bladder|urinary bladder", "urinary bladder"),
+)
+_SCANS = ("ct.nii.gz", "ct.nii", "ct.nrrd", "ct.mha", "dicom", "dicom.zip")
+
+
+@dataclass
+class TruthCase:
+    """A scan with what is known of it.
+
+    Attributes:
+        name: For tables.
+        volume: The scan.
+        masks: Structure or finding name to (Z, Y, X) bool mask, canonical.
+        facts: Facts of a phantom, None for a real scan.
+    """
+
+    name: str
+    volume: Volume
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    facts: dict[str, Any] | None = None
+
+
+def phantom_case(seed: int) -> TruthCase:
+    """An unseen phantom at clinical geometry.
+
+    Raises:
+        ValueError: The seed is one that models may train on.
+    """
+    if seed < EVALUATION_SEED_START:
+        raise ValueError(f"seed: expected at least {EVALUATION_SEED_START}, got {seed}; smaller seeds are for training")
+    phantom = make_phantom(seed)
+    native = phantom.native()
+    structures, findings = (
+        Volume.from_array(labels, affine=native.affine).voxels for labels in (native.structures, native.findings)
+    )
+    masks = {name: structures == STRUCTURES[name] for name in phantom.facts["structures"]}
+    masks |= {name: findings == FINDINGS[name] for name in MASKED if (findings == FINDINGS[name]).any()}
+    volume = Volume.from_array(native.voxels, affine=native.affine, modality="CT")
+    return TruthCase(f"phantom {seed}", volume, masks, phantom.facts)
+
+
+def folder_cases(directory: Path) -> Iterator[TruthCase]:
+    """Cases of a folder: each sub-folder (or the folder itself) with a scan, masks named *seg* and labels.json.
+
+    Raises:
+        InputError: No case in the folder.
+    """
+    found = 0
+    for path in sorted({labels.parent for labels in Path(directory).rglob("labels.json")}):
+        scan = next((path / name for name in _SCANS if (path / name).exists()), None)
+        if scan is None:
+            scan = next((p for p in sorted(path.glob("*.nrrd")) if "seg" not in p.name.lower()), None)
+        if scan is None:
+            continue
+        found += 1
+        volume = read_volume(scan)
+        yield TruthCase(path.name, volume, _truth(path, volume))
+    if not found:
+        raise InputError(f"{directory}: expected folders with a scan, a mask named *seg* and labels.json, got none")
+
+
+def _truth(path: Path, volume: Volume) -> dict[str, np.ndarray]:
+    names = json.loads((path / "labels.json").read_text())
+    masks: dict[str, np.ndarray] = {}
+    for file in sorted(
+        p for p in path.iterdir() if p.is_file() and re.search(r"seg.*\.(nii|nii\.gz|nrrd|mha)$", p.name)
+    ):
+        table = names.get(file.name, names)
+        try:
+            labels, _ = read_mask(file, volume)
+        except InputError:
+            # Overlapping segments have no single label map; the same folder holds a plain mask of them.
+            continue
+        for value, label in table.items():
+            name = structure_name(label) if isinstance(label, str) else None
+            if name is None:
+                continue
+            mask = labels == int(value)
+            masks[name] = masks[name] | mask if name in masks else mask
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def structure_name(label: str) -> str | None:
+    """Our name of a label of TotalSegmentator, 3D Slicer or a plain table; None where we have no such structure."""
+    text = re.sub(r"[_\s]+", " ", label.strip().lower())
+    side = next((word for word in ("left", "right") if re.search(rf"\b{word}\b", text)), None)
+    for pattern, name in _ALIASES:
+        if re.fullmatch(pattern, text):
+            named = name.format(side=side) if side or "{side}" not in name else None
+            return named if named in STRUCTURES else None
+    if side and not text.startswith(side):
+        text = f"{side} {re.sub(rf' ?{side}$', '', text)}"
+    return text if text in STRUCTURES else None
