@@ -53,6 +53,7 @@ class Slice:
     column: np.ndarray
     pixel: tuple[float, float]
     tilt: float
+    thickness: float
 
     def fits(self, other: "Slice") -> bool:
         """Whether both can be slices of one grid: size, pitch and directions agree (headers round the latter)."""
@@ -174,10 +175,13 @@ def _read_header(path: Path) -> Slice | None:
         return reader.GetMetaData(tag).strip(" \0") if reader.HasMetaDataKey(tag) else ""
 
     def numbers(tag: str) -> list[float]:
-        return [float(part) for part in text(tag).split("\\") if part.strip()]
+        try:
+            return [float(part) for part in text(tag).split("\\") if part.strip()]
+        except ValueError as error:
+            raise InputError(f"{path}: tag ({tag}) is {text(tag)!r}, not numbers; export the series again") from error
 
     modality = text("0008|0060")
-    if modality in ("CT", "MR") and int(text("0028|0008") or 1) > 1:
+    if modality in ("CT", "MR") and numbers("0028|0008") > [1]:
         raise InputError(f"{path}: multi-frame DICOM; convert it to NIfTI (dcm2niix does) and give that")
     position, axes, pitch = numbers("0020|0032"), numbers("0020|0037"), numbers("0028|0030")
     if modality not in _IMAGES or len(position) != 3 or len(axes) != 6 or len(pitch) != 2:
@@ -197,13 +201,14 @@ def _read_header(path: Path) -> Slice | None:
         description=description,
         modality=modality,
         localizer="LOCALIZER" in text("0008|0008").upper(),
-        bits=int(text("0028|0100") or 16),
+        bits=int((numbers("0028|0100") or [16])[0]),
         components=reader.GetNumberOfComponents(),
         position=np.array(position),
         row=row,
         column=column,
         pixel=(pitch[1], pitch[0]),
         tilt=(numbers("0018|1120") or [0.0])[0],
+        thickness=(numbers("0018|0050") or [0.0])[0],
     )
 
 
@@ -233,7 +238,7 @@ def _stack(slices: list[Slice], path: Path) -> Series:
     slices = _drop_copies(slices, normal, path)
     heights = np.array([item.position @ normal for item in slices])
     gaps = np.diff(heights)
-    gap = float(np.median(gaps)) if len(gaps) else _lone_thickness(slices[0])
+    gap = float(np.median(gaps)) if len(gaps) else (first.thickness if first.thickness > 0 else 1.0)
     _refuse_missing(heights, gap, path)
     offsets = np.array([item.position - slices[0].position for item in slices])
     sideways = offsets - np.outer(heights - heights[0], normal)
@@ -292,15 +297,6 @@ def _refuse_missing(heights: np.ndarray, gap: float, path: Path) -> None:
             f"{path}: slices are missing: a gap of {steps[place] * gap:.1f} mm after {heights[place]:.1f} mm along the"
             f" slice axis, where {gap:.3g} mm is usual; complete the series"
         )
-
-
-def _lone_thickness(item: Slice) -> float:
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(item.path))
-    reader.ReadImageInformation()
-    text = reader.GetMetaData("0018|0050").strip(" \0") if reader.HasMetaDataKey("0018|0050") else ""
-    return float(text) if text and float(text) > 0 else 1.0
 
 
 def _load(slices: list[Slice], path: Path) -> np.ndarray:

@@ -4,6 +4,7 @@ import gzip
 import os
 import re
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,19 @@ DEFLATE_LIMIT = 1032
 """Deflate cannot expand by more than this factor, so a header that promises more is false."""
 
 _LONGEST_HEADER = 1 << 20
+_ZLIB_OR_GZIP = 47
 _UNPLACED = "the header gives no patient orientation (no {}): left and right are a guess"
-_UNREADABLE = (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error, ValueError, RuntimeError, MemoryError)
+_UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    EOFError,
+    OSError,
+    zlib.error,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 @dataclass(eq=False)
@@ -82,6 +94,7 @@ def read_nifti(path: Path) -> RawImage:
     try:
         image = nib.load(path)
         proxy, affine = image.dataobj, image.affine
+        units = image.header.get_xyzt_units()[0]
         with Opener(path) as stream:
             stored = type(image.header).from_fileobj(stream, check=False)
     except _UNREADABLE as error:
@@ -93,7 +106,6 @@ def read_nifti(path: Path) -> RawImage:
         # nibabel would take 1 mm instead.
         sizes = " x ".join(f"{size:g}" for size in stored["pixdim"][1:4])
         raise InputError(f"{path}: the voxel spacing is {sizes} mm; set the true spacing in the header")
-    units = image.header.get_xyzt_units()[0]
     if units not in ("mm", "unknown"):
         raise InputError(f"{path}: the header gives lengths in {units}; save it with millimetres")
     size = proxy.offset + int(np.prod(shape, dtype=object)) * proxy.dtype.itemsize
@@ -115,7 +127,7 @@ def read_nifti(path: Path) -> RawImage:
 
 def read_itk(path: Path) -> RawImage:
     """Reads NRRD or MetaImage by SimpleITK; several values per voxel stay as a last axis."""
-    data_files = _data_files(path)
+    data, offset, packed = _find_voxels(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(ITK_READERS[path.suffix.lower()])
     reader.SetFileName(str(path))
@@ -124,7 +136,9 @@ def read_itk(path: Path) -> RawImage:
         shape = one_frame(reader.GetSize(), path)
         kind = sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], reader.GetPixelID())).dtype
         size = int(np.prod(shape, dtype=object)) * reader.GetNumberOfComponents() * kind.itemsize
-        check_size(path, size, packed=True, stored=sum(f.stat().st_size for f in data_files))
+        check_size(path, size, packed=packed, stored=data.stat().st_size)
+        if packed and path.suffix.lower() in (".mha", ".mhd"):
+            _check_inflated(path, data, offset, size)
         image = reader.Execute()
     except InputError:
         raise
@@ -139,7 +153,7 @@ def read_itk(path: Path) -> RawImage:
     direction = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
     affine[:3, :3] = direction * np.array(image.GetSpacing()[:3])
     affine[:3, 3] = image.GetOrigin()[:3]
-    fields = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+    fields = _fields(reader)
     voxels = voxels.transpose(2, 1, 0, *range(3, voxels.ndim))
     unplaced = path.suffix.lower() in (".nrrd", ".nhdr") and fields.get("NRRD_space") != "left-posterior-superior"
     warnings = (_UNPLACED.format("space"),) if unplaced else ()
@@ -175,7 +189,7 @@ def check_size(path: Path, size: int, *, packed: bool, stored: int | None = None
     stored = path.stat().st_size if stored is None else stored
     if size > stored * (DEFLATE_LIMIT if packed else 1):
         raise InputError(
-            f"{path}: cut short or damaged (its header promises {size / 1e6:,.1f} MB, it has {stored / 1e6:,.1f} MB);"
+            f"{path}: cut short or damaged (its header promises {size:,} bytes, it has {stored:,});"
             " copy or download it again"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -207,32 +221,62 @@ def _form_warnings(header: Any) -> tuple[str, ...]:
     if not sform and not qform:
         return (_UNPLACED.format("sform or qform code"),)
     if sform and qform:
+        try:
+            other = header.get_qform()
+        except ValueError:
+            return ("the qform of the header is damaged: the sform is used",)
         corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * [*header["dim"][1:4], 1]
-        distance = np.linalg.norm(corners @ (header.get_sform() - header.get_qform()).T, axis=1).max()
+        distance = np.linalg.norm(corners @ (header.get_sform() - other).T, axis=1).max()
         if distance > min(header.get_zooms()[:3]):
             return (f"sform and qform of the header disagree by up to {distance:.0f} mm: the sform is used",)
     return ()
 
 
-def _data_files(path: Path) -> list[Path]:
-    """Files that hold the voxels: ``path`` itself, or the one beside it that a detached header names.
+def _find_voxels(path: Path) -> tuple[Path, int, bool]:
+    """Where a NRRD or MetaImage header keeps its voxels: file, offset in it, and whether they are compressed.
 
     A header could name any file on the machine; only a plain name in the same folder is let through.
     """
     nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    packed, place = False, 0
     with path.open("rb") as stream:
-        for line in stream.read(_LONGEST_HEADER).splitlines():
+        for line in stream.read(_LONGEST_HEADER).splitlines(keepends=True):
+            place += len(line)
             key, _, value = re.sub(r"[:=]", "\n", line.decode("latin-1"), count=1).partition("\n")
             key, value = key.strip().lower(), value.strip()
-            if (nrrd and not line.strip()) or (key == "elementdatafile" and value == "LOCAL"):
-                return [path]
+            if (nrrd and not line.strip()) or (key == "elementdatafile" and value.upper() == "LOCAL"):
+                return path, place, packed
+            if key in ("compresseddata", "encoding"):
+                packed = value.lower() not in ("false", "raw")
             if key in ("elementdatafile", "data file", "datafile"):
                 if value != Path(value).name or value == "LIST" or not (path.parent / value).is_file():
                     raise InputError(
                         f"{path}: names the voxel file {value!r}; put one plain file beside it, or save it in one piece"
                     )
-                return [path.parent / value]
+                return path.parent / value, 0, packed
     raise InputError(f"{path}: not a readable header (it does not end); export the image again")
+
+
+def _check_inflated(path: Path, data: Path, offset: int, size: int) -> None:
+    """Inflates the voxels of a MetaImage once to count them: ITK leaves missing ones as it found the memory."""
+    inflater, count = zlib.decompressobj(_ZLIB_OR_GZIP), 0
+    with data.open("rb") as stream:
+        stream.seek(offset)
+        while not inflater.eof and count <= size and (block := inflater.unconsumed_tail or stream.read(1 << 20)):
+            count += len(inflater.decompress(block, 1 << 24))
+    if count != size:
+        raise InputError(
+            f"{path}: cut short or damaged ({count} bytes of voxels, not {size}); copy or download it again"
+        )
+
+
+def _fields(reader: sitk.ImageFileReader) -> dict[str, str]:
+    """Text fields of a header; those that are not text are left out."""
+    fields = {}
+    for key in reader.GetMetaDataKeys():
+        with suppress(TypeError, UnicodeError):
+            fields[key] = reader.GetMetaData(key)
+    return fields
 
 
 def _brief(error: BaseException) -> str:

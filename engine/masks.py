@@ -98,7 +98,7 @@ def read_mask(
     """
     path = Path(path)
     raw = read_raw(path)
-    names = _header_names(raw)
+    names = _header_names(raw, path)
     if segment is not None or raw.voxels.ndim == 4:
         raw.voxels, names = _segments(raw, path, segment)
     values = _as_labels(raw, path)
@@ -236,7 +236,7 @@ def _segment_fields(own: np.ndarray, names: dict[int, str]) -> dict[str, str]:
     return fields
 
 
-def _header_names(raw: RawImage) -> dict[int, str]:
+def _header_names(raw: RawImage, path: Path) -> dict[int, str]:
     for extension in raw.header.extensions if raw.header is not None else ():
         if b"<LabelTable" in extension.content:
             try:
@@ -244,24 +244,29 @@ def _header_names(raw: RawImage) -> dict[int, str]:
                 return {
                     int(label.get("Key")): (label.text or "").strip() for label in labels if label.get("Key") != "0"
                 }
-            except (ET.ParseError, TypeError, ValueError):
+            except (ET.ParseError, TypeError, ValueError, LookupError):
                 return {}
-    return {value: name for name, value, _ in _segment_table(raw)}
+    return {value: name for name, value, _ in _segment_table(raw, path)}
 
 
-def _segment_table(raw: RawImage) -> list[tuple[str, int, int]]:
+def _segment_table(raw: RawImage, path: Path) -> list[tuple[str, int, int]]:
     """(name, label value, layer) of each segment a NRRD or MetaImage header lists."""
     table, number = [], 0
     while (name := raw.fields.get(f"Segment{number}_Name")) is not None:
         prefix = f"Segment{number}_"
-        table.append((name, int(raw.fields.get(prefix + "LabelValue", 1)), int(raw.fields.get(prefix + "Layer", 0))))
+        numbers = raw.fields.get(prefix + "LabelValue", "1"), raw.fields.get(prefix + "Layer", "0")
+        if not all(text.strip().isdecimal() for text in numbers):
+            raise InputError(
+                f"{path}: segment {name!r} has the value and layer {numbers}; export it from 3D Slicer again"
+            )
+        table.append((name, int(numbers[0]), int(numbers[1])))
         number += 1
     return table
 
 
 def _segments(raw: RawImage, path: Path, wanted: str | None) -> tuple[np.ndarray, dict[int, str]]:
     """One named segment as value 1, or all segments of several layers renumbered from 1."""
-    table = _segment_table(raw)
+    table = _segment_table(raw, path)
     listed = ", ".join(repr(name) for name, _, _ in table) or "none"
     layers = raw.voxels if raw.voxels.ndim == 4 else raw.voxels[..., None]
     if not table or max(layer for _, _, layer in table) >= layers.shape[3]:
