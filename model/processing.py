@@ -97,16 +97,15 @@ class VolumeProcessor:
     ) -> Tensor:
         """SAM2 images of slices [start, stop): (n, 3, R, R) float32, normalised per channel."""
         stop = transform.slices if stop is None else stop
-        z0, y0, x0, z1, y1, x1 = transform.box
-        # A sub-range of the stack is a stack of its own over the planes it covers: edges are fractions of a voxel.
-        step = (z1 - z0) / transform.slices
+        first, step = transform.box[0], (transform.box[3] - transform.box[0]) / transform.slices
         planes = ingest_volume(
             scan.voxels,
             (stop - start, self.image_size, self.image_size),
-            box=(z0 + start * step, y0, x0, z0 + stop * step, y1, x1),
+            box=transform.box,
             slope=scan.slope,
             intercept=scan.intercept,
             windows=self.config.slice_windows,
+            z_positions=[first + (index + 0.5) * step - 0.5 for index in range(start, stop)],
         )
         return self.normalise(planes.transpose(0, 1))
 
