@@ -11,6 +11,7 @@ from torch import Tensor
 
 from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.masks import read_mask, write_mask
+from medvl_sam2.kernels.mask_epilogue import mask_epilogue
 from medvl_sam2.model.processing import GridTransform
 
 if TYPE_CHECKING:
@@ -119,14 +120,13 @@ def label_map(segmentations: "Sequence[Segmentation]") -> np.ndarray:
     shown = [(value, s.gated_logits) for value, s in enumerate(segmentations, 1) if not s.absent]
     if not shown:
         return np.zeros(first.volume.shape, np.uint8)
-    labels = np.zeros(first.volume.shape, np.uint8)
-    values = np.array([0, *(value for value, _ in shown)], np.uint8)
-    z0, y0, x0, z1, y1, x1 = first.transform.box
-    logits = torch.stack([logits for _, logits in shown])
-    position = ((torch.arange(z1 - z0) + 0.5) * logits.shape[1] / (z1 - z0) - 0.5).clamp(0, logits.shape[1] - 1)
-    for z, low in enumerate(position.floor().long().tolist()):
-        plane = torch.lerp(logits[:, low], logits[:, min(low + 1, logits.shape[1] - 1)], position[z] - low)
-        plane = torch.nn.functional.interpolate(plane[None], size=(y1 - y0, x1 - x0), mode="bilinear")[0]
-        best, which = plane.max(0)
-        labels[z0 + z, y0:y1, x0:x1] = values[torch.where(best > 0, which + 1, 0).cpu().numpy()]
-    return labels
+    return (
+        mask_epilogue(
+            torch.stack([logits for _, logits in shown], dim=1),
+            first.volume.shape,
+            box=first.transform.box,
+            label_values=[value for value, _ in shown],
+        )
+        .cpu()
+        .numpy()
+    )

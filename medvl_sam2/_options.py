@@ -1,6 +1,7 @@
 """Options of each verb. Imports nothing heavy, so that --help and wrong arguments answer at once."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DEMO_SEED = 1_000_250
@@ -89,13 +90,15 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """Options of `evaluate`."""
-    model(parser)
+    parser.add_argument("--model", default="tiny", metavar="NAME|DIR", help="preset or model directory (default: tiny)")
     parser.add_argument(
         "--data", default="phantom", metavar="phantom|DIR", help="phantoms, or a folder of labelled scans"
     )
     parser.add_argument(
         "--seeds", type=_seeds, default=range(1_000_000, 1_000_200), metavar="A:B", help="phantoms A to B-1"
     )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write a line per scan and the summary there")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="scans at a time (default: 1)")
 
 
 def convert(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +113,17 @@ def info(parser: argparse.ArgumentParser) -> None:
     """`info` has no options of its own."""
 
 
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Bind `--point` and `--box` to their values: one that begins with a minus would be taken for an option."""
+    bound: list[str] = []
+    for argument in arguments:
+        if bound and bound[-1] in ("--point", "--box"):
+            bound[-1] = f"{bound[-1]}={argument}"
+        else:
+            bound.append(argument)
+    return bound
+
+
 def _point(text: str) -> tuple[float, ...]:
     parts = text.split(",")
     if len(parts) == 4 and parts[3] not in ("+", "-", "+1", "-1", "1", "0"):
@@ -118,7 +132,7 @@ def _point(text: str) -> tuple[float, ...]:
     return (*_numbers(3)(",".join(parts[:3] if len(parts) == 4 else parts)), *label)
 
 
-def _numbers(count: int):
+def _numbers(count: int) -> Callable[[str], tuple[float, ...]]:
     def parse(text: str) -> tuple[float, ...]:
         try:
             values = tuple(float(part) for part in text.split(","))

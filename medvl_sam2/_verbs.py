@@ -4,15 +4,19 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
 
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.files import check_file, make_folder, write_text
-from medvl_sam2.engine.geometry import InputError
+from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.masks import check_writable, write_mask
 from medvl_sam2.engine.progress import bar
 from medvl_sam2.engine.segmentation import label_map
 from medvl_sam2.engine.session import VolumeSession
+from medvl_sam2.engine.volumes import read_volume
 
 logger = logging.getLogger(__name__)
 Result = tuple[dict[str, Any], str]
@@ -25,10 +29,11 @@ def segment(args: Namespace) -> Result:
     if len(args.targets) > 1 and (args.point or args.box):
         raise InputError("target: --point and --box mark one object; give one name at a time with them")
     check_writable(args.output)
-    with bar("segment", ("load model", "read scan", "segment", "write")) as step:
-        engine = _engine(args)
+    with bar("segment", ("read scan", "load model", "segment", "write")) as step:
+        volume = _scan(args)
         step()
-        session = _open(engine, args)
+        engine = _engine(args)
+        session = engine.open(volume)
         step()
         if args.point or args.box:
             target = args.targets[0] if args.targets else None
@@ -62,8 +67,9 @@ def segment(args: Namespace) -> Result:
 
 def ask(args: Namespace) -> Result:
     """Answer to a question."""
+    volume = _scan(args)
     engine = _engine(args)
-    session = _open(engine, args)
+    session = engine.open(volume)
     answer = session.ask(args.question, args.choice)
     document = {**_about(engine, session, args), "question": args.question, "answer": answer.text}
     if args.choice:
@@ -75,8 +81,9 @@ def report(args: Namespace) -> Result:
     """Report of a scan."""
     if args.output is not None:
         check_file(args.output)
+    volume = _scan(args)
     engine = _engine(args)
-    session = _open(engine, args)
+    session = engine.open(volume)
     text = session.report().text
     if args.output is not None:
         write_text(args.output, text + "\n")
@@ -94,13 +101,15 @@ def demo(args: Namespace) -> Result:
 
 def phantom(args: Namespace) -> Result:
     """A phantom's files."""
-    from medvl_sam2.training.phantom import write_phantom
+    from medvl_sam2.training.phantom import make_phantom, write_phantom
 
     if args.seed < 0:
         raise InputError(f"seed: expected 0 or more, got {args.seed}")
-    files = write_phantom(args.seed, make_folder(args.out))
-    document = {"seed": args.seed, "out": args.out, "files": files}
-    return document, f"Phantom {args.seed} written to {args.out}"
+    out = make_folder(args.out)
+    chosen = make_phantom(args.seed)
+    write_phantom(chosen, out)
+    document = {"out": out, **chosen.facts}
+    return document, f"Phantom {args.seed} ({chosen.region}) written to {out}"
 
 
 def train(args: Namespace) -> Result:
@@ -118,7 +127,21 @@ def evaluate(args: Namespace) -> Result:
     """Measures of a model."""
     from medvl_sam2.training.evaluate import run
 
-    return run(_engine(args), data=args.data, seeds=args.seeds)
+    if args.data == "phantom" and args.seeds[0] < 1_000_000:
+        raise InputError(f"seeds: {args.seeds[0]} may have been trained on; give 1000000 or more")
+    if args.data != "phantom" and not Path(args.data).is_dir():
+        raise InputError(f"data: expected phantom or a folder of labelled scans, got {args.data}")
+    out = None if args.out is None else make_folder(args.out)
+    disable_progress_bar()
+    summary = run(args.model, args.data, seeds=args.seeds, out=out, processes=args.processes)
+    lines = [f"{name:<28} {value}" for name, value in summary.items() if not isinstance(value, dict)]
+    lines += ["", f"{'Dice':<24} {'text':>7} {'box':>7} {'point':>7} {'scans':>6}"]
+    for name, row in summary["dice_per_class"].items():
+        dice = " ".join(
+            "      -" if row.get(mode) is None else f"{row[mode]:7.3f}" for mode in ("text", "box", "point")
+        )
+        lines.append(f"{name:<24} {dice} {row['scans']:6}")
+    return summary, "\n".join(lines)
 
 
 def convert(args: Namespace) -> Result:
@@ -140,14 +163,16 @@ def info(args: Namespace) -> Result:
 
 
 def _engine(args: Namespace) -> MedVLEngine:
+    disable_progress_bar()
     return MedVLEngine.from_pretrained(args.model, device=args.device, dtype=args.dtype)
 
 
-def _open(engine: MedVLEngine, args: Namespace) -> VolumeSession:
-    session = engine.open(args.scan, series=args.series)
-    for warning in session.volume.warnings:
+def _scan(args: Namespace) -> Volume:
+    """The scan, read before the model is loaded: most mistakes show here."""
+    volume = read_volume(args.scan, series=args.series)
+    for warning in volume.warnings:
         logger.warning("%s: %s", args.scan, warning)
-    return session
+    return volume
 
 
 def _about(engine: MedVLEngine, session: VolumeSession, args: Namespace) -> dict[str, Any]:

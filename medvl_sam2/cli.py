@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -54,10 +55,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = parser().parse_args(arguments)
-    level = logging.DEBUG if args.debug else logging.WARNING
+    args = parser().parse_args(_options.joined(sys.argv[1:] if arguments is None else arguments))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("medvl_sam2").setLevel(level)
+    if args.debug:
+        logging.getLogger("medvl_sam2").setLevel(logging.DEBUG)
+    else:
+        # What libraries will change in their next version is of no use to a reader of reports.
+        warnings.simplefilter("ignore", FutureWarning)
     module, name = VERBS[args.verb][2].split(":")
     try:
         document, text = getattr(import_module(module), name)(args)
