@@ -216,13 +216,17 @@ class Phantom:
         }
 
     def native(self, max_matrix: int = 512, slab: int = 8) -> NativePhantom:
-        """Render at a clinical geometry drawn from the seed: matrix, slice spacing and the orientation of the axes."""
+        """Render at a clinical geometry drawn from the seed: matrix, slice spacing and the orientation of the axes.
+
+        Args:
+            max_matrix: upper limit of rows and columns; pixels grow to keep the field of view.
+            slab: slices rendered at a time; more take more memory.
+        """
         rng = np.random.default_rng((self.seed, 17))
         (z0, z1), (y0, y1), (x0, x1) = self.box_mm
-        pixel = max((x1 - x0) / 512, rng.uniform(0.6, 0.95))
+        pixel = max((x1 - x0) / max_matrix, rng.uniform(0.6, 0.95))
         spacing = float(rng.choice([1.0, 1.5, 2.0, 2.5, 3.0, 5.0], p=[0.08, 0.12, 0.2, 0.2, 0.2, 0.2]))
-        if max_matrix < 512:
-            pixel = max(pixel, (x1 - x0) / max_matrix)
+        spacing = max(spacing, float(np.ceil((z1 - z0) / 130) / 2))
         x = np.arange(x0 + pixel / 2, x1, pixel)[:max_matrix]
         y = np.arange(y0 + pixel / 2, y1, pixel)[:max_matrix]
         z = np.arange(z0 + spacing / 2, z1, spacing)
@@ -332,11 +336,11 @@ def _field_of_view(rng: np.random.Generator, body: Body, region: str) -> np.ndar
     return np.array([[bottom * body.scale[2], top * body.scale[2]], *sides])
 
 
-def write_phantom(phantom: Phantom, directory: str | Path) -> NativePhantom:
+def write_phantom(phantom: Phantom, directory: str | Path, max_matrix: int = 512) -> NativePhantom:
     """Write ct.nii.gz, structures.nii.gz, findings.nii.gz, labels.json and facts.json; return what was written."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    native = phantom.native()
+    native = phantom.native(max_matrix)
     for name, array in (("ct", native.voxels), ("structures", native.structures), ("findings", native.findings)):
         image = nib.Nifti1Image(array.transpose(2, 1, 0), native.affine)
         image.set_qform(native.affine, 1)
