@@ -136,7 +136,7 @@ def read_itk(path: Path) -> RawImage:
         shape = one_frame(reader.GetSize(), path)
         kind = sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], reader.GetPixelID())).dtype
         size = int(np.prod(shape, dtype=object)) * reader.GetNumberOfComponents() * kind.itemsize
-        check_size(path, size, packed=packed, stored=data.stat().st_size)
+        check_size(path, size, packed=packed, stored=data.stat().st_size - offset)
         if packed and path.suffix.lower() in (".mha", ".mhd"):
             _check_inflated(path, data, offset, size)
         image = reader.Execute()

@@ -196,36 +196,38 @@ def test_folder_that_takes_no_files_is_found_before_the_work():
         check_writable("/proc/self/m.nii.gz")
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_full_disk_keeps_the_old_file(tmp_path: Path, suffix: str):
+def test_full_disk_keeps_the_old_file(tmp_path: Path):
     """A limit on file size makes the system refuse the last bytes, as a full disk does."""
     code = """
 import resource, signal, sys
 import numpy as np
 from medvl_sam2.engine.volumes import InputError, Volume, write_mask
-path = sys.argv[1]
 volume = Volume.from_array(np.zeros((40, 40, 40), np.int16))
-write_mask(path, np.ones(volume.shape, np.uint8), volume, {1: "old"})
+for path in sys.argv[1:]:
+    write_mask(path, np.ones(volume.shape, np.uint8), volume, {1: "old"})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 noise = np.random.default_rng(0).integers(0, 255, volume.shape).astype(np.uint8)
-try:
-    write_mask(path, noise, volume, {1: "new"})
-except InputError as error:
-    print(error)
+for path in sys.argv[1:]:
+    try:
+        write_mask(path, noise, volume, {1: "new"})
+    except InputError as error:
+        print(error)
 """
-    path = tmp_path / f"m{suffix}"
+    paths = [str(tmp_path / f"m{suffix}") for suffix in SUFFIXES]
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
     )
-    assert done.stdout.startswith(f"{path}: could not be written"), done
-    assert len(done.stdout.splitlines()) == 1
-    labels, names = read_mask(path)
-    assert (labels == 1).all()
-    assert names == {1: "old"}
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    told = done.stdout.splitlines()
+    assert len(told) == len(paths), done
+    for path, line in zip(paths, told):
+        assert line.startswith(f"{path}: could not be written")
+        labels, names = read_mask(path)
+        assert (labels == 1).all()
+        assert names == {1: "old"}
+    assert {str(file) for file in tmp_path.iterdir()} == set(paths)
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path: Path, scan: Volume, mask: np.ndarray, monkeypatch):
