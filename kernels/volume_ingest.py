@@ -1,14 +1,12 @@
 """From a scan's stored voxels to a model grid in one pass: rescale, clamp, normalise, trilinear resample.
 
-For output index ``i`` of ``m`` over a box ``[start, stop)`` of ``n`` voxels, as `F.interpolate(align_corners=False)` on
-the cropped box::
-
-    t = clamp((2 i + 1) n - m, 0, 2 m (n - 1));   tap = start + t // (2 m);   weight = (t % (2 m)) / (2 m)
     out = (trilinear(clamp(voxel * slope + intercept, lo, hi)) - offset) * gain
 
-Taps are clamped before they are interpolated, so an implant outside the window cannot leak into its neighbours, and
-positions are integer arithmetic, so no rounding separates the paths. The native volume is never cast as a whole: the
-kernel reads the eight taps of each output in the stored dtype, the CPU path two planes per output slice.
+with the taps of `_resample`, those of `F.interpolate(align_corners=False)` on the cropped box.
+
+Taps are clamped before they are interpolated, so an implant outside the window cannot leak into its neighbours. The
+native volume is never cast as a whole: the kernel reads the eight taps of each output in the stored dtype, the CPU path
+two planes per output slice.
 """
 
 import math
@@ -32,6 +30,7 @@ from medvl_sam2.kernels._common import (
     triton,
 )
 from medvl_sam2.kernels._library import define_op
+from medvl_sam2.kernels._resample import axis_taps, taps
 from medvl_sam2.kernels._tuning import tile
 
 STORED = tuple(
@@ -39,15 +38,6 @@ STORED = tuple(
     for name in ("int16", "uint8", "int8", "uint16", "int32", "float32", "float16", "bfloat16", "float64", "int64")
 )
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _axis_taps(size: int, start: int, stop: int, length: int, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
-    n = stop - start
-    position = ((2 * torch.arange(size) + 1) * n - size).clamp(0, (n - 1) * 2 * size)
-    low = position // (2 * size)
-    weight = (position - low * 2 * size).float() / (2 * size)
-    low, high = start + low, start + (low + 1).clamp(max=n - 1)
-    return (length - 1 - low, length - 1 - high, weight) if flipped else (low, high, weight)
 
 
 def _slice_taps(positions: Tensor, start: int, stop: int, length: int, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,12 +63,12 @@ def volume_ingest_reference(
     depth, height, width = size
     z0, y0, x0, z1, y1, x1 = box.tolist()
     if z_positions is None:
-        z_taps = _axis_taps(depth, z0, z1, voxels.shape[0], bool(flips[0]))
+        z_taps = axis_taps(depth, z0, z1, voxels.shape[0], bool(flips[0]))
     else:
         z_taps = _slice_taps(z_positions, z0, z1, voxels.shape[0], bool(flips[0]))
     device = voxels.device
-    y_low, y_high, y_weight = (t.to(device) for t in _axis_taps(height, y0, y1, voxels.shape[1], bool(flips[1])))
-    x_low, x_high, x_weight = (t.to(device) for t in _axis_taps(width, x0, x1, voxels.shape[2], bool(flips[2])))
+    y_low, y_high, y_weight = (t.to(device) for t in axis_taps(height, y0, y1, voxels.shape[1], bool(flips[1])))
+    x_low, x_high, x_weight = (t.to(device) for t in axis_taps(width, x0, x1, voxels.shape[2], bool(flips[2])))
     rows = torch.cat((y_low, y_high)) if 2 * height < voxels.shape[1] else None
     if rows is not None:
         y_low, y_high = torch.arange(2 * height, device=device).split(height)
@@ -120,15 +110,6 @@ def volume_ingest_reference(
 
 
 @triton.jit
-def _taps(i, size, start, stop):
-    n = stop - start
-    position = tl.minimum(tl.maximum((2 * i + 1) * n - size, 0), (n - 1) * 2 * size)
-    low = position // (2 * size)
-    weight = (position - low * 2 * size).to(tl.float32) / (2 * size).to(tl.float32)
-    return start + low, start + tl.minimum(low + 1, n - 1), weight
-
-
-@triton.jit
 def _volume_ingest_kernel(
     voxels_ptr,
     scale_ptr,
@@ -164,9 +145,9 @@ def _volume_ingest_kernel(
         z_high = tl.minimum(z_low + 1, z_stop - 1)
         z_weight = at - tl.floor(at)
     else:
-        z_low, z_high, z_weight = _taps(d, depth, z_start, z_stop)
-    y_low, y_high, y_weight = _taps(h, height, tl.load(box_ptr + 1), tl.load(box_ptr + 4))
-    x_low, x_high, x_weight = _taps(w, width, tl.load(box_ptr + 2), tl.load(box_ptr + 5))
+        z_low, z_high, z_weight = taps(d, depth, z_start, z_stop)
+    y_low, y_high, y_weight = taps(h, height, tl.load(box_ptr + 1), tl.load(box_ptr + 4))
+    x_low, x_high, x_weight = taps(w, width, tl.load(box_ptr + 2), tl.load(box_ptr + 5))
 
     near = voxels_ptr + base + z_low.to(tl.int64) * v_z
     far = voxels_ptr + base + z_high.to(tl.int64) * v_z

@@ -5,6 +5,7 @@ GPU's caches let through to its memory.
 """
 
 import ctypes
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,12 +79,15 @@ def count_traffic() -> Iterator[Traffic]:
 
 # The first address past what Linux gives to a process on x86-64 and arm64: nothing real lies there.
 _NOWHERE = 1 << 48
+_made = itertools.count()
 
 
 def huge(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Make a tensor that claims any amount of memory and has none; only for launches inside `addresses_only`."""
     kind = torch.zeros(1, dtype=dtype).numpy().dtype
-    one = np.frombuffer((ctypes.c_byte * kind.itemsize).from_address(_NOWHERE), dtype=kind)
+    # Far apart from one another, as the interpreter takes tensors at one address for views of one storage.
+    address = _NOWHERE + (next(_made) << 40)
+    one = np.frombuffer((ctypes.c_byte * kind.itemsize).from_address(address), dtype=kind)
     steps = tuple(stride * kind.itemsize for stride in strides)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
