@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from medvl_sam2.model.checkpoint import load_strict, read_state
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.presets import PRESETS, preset
@@ -22,6 +23,7 @@ from medvl_sam2.model.vision import VisionEncoder
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 _PARTS = "model.safetensors"
 _BASE, _ADAPTER = "language", "adapter"
+_LLM_KEYS = "language.peft."
 
 
 @dataclass
@@ -132,7 +134,7 @@ class MedVLSAM2(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.config.save(directory)
-        parts = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("language.peft.")}
+        parts = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith(_LLM_KEYS)}
         save_file(parts, directory / _PARTS, metadata={"format": "pt"})
         self.language.peft.save_pretrained(directory / _ADAPTER)
         if self.tokenizer is not None:
@@ -165,33 +167,25 @@ class MedVLSAM2(nn.Module):
         """
         directory = _model_directory(name)
         config = MedVLConfig.load(directory)
-        base = AutoModelForCausalLM.from_pretrained(directory / _BASE, dtype=dtype or "auto")
-        language = LanguageModel(config.language, config.lora, base)
+        language = LanguageModel(config.language, config.lora, _load_base(directory / _BASE))
         if (directory / _ADAPTER).is_dir():
             language.peft = PeftModel.from_pretrained(
                 language.peft.unload(), directory / _ADAPTER, is_trainable=True, autocast_adapter_dtype=False
             )
         model = cls(config, AutoTokenizer.from_pretrained(directory), language)
-        model.load_parts(load_file(directory / _PARTS), str(directory / _PARTS))
+        load_strict(model, read_state(directory / _PARTS), str(directory / _PARTS), skip=_LLM_KEYS)
         return model.to(dtype).eval() if dtype else model.eval()
 
-    def load_parts(self, state: dict[str, Tensor], source: str) -> None:
-        """Load everything but the LLM strictly.
 
-        Raises:
-            ValueError: Missing, unexpected or mis-shaped keys, all listed.
-        """
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("language.peft.")}
-        faults = [f"missing {k}" for k in own if k not in state]
-        faults += [f"unexpected {k}" for k in state if k not in own]
-        faults += [
-            f"{k} expected {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
-            for k in own
-            if k in state and own[k].shape != state[k].shape
-        ]
-        if faults:
-            raise ValueError(f"{source}: expected weights of preset {self.config.name!r}: " + "; ".join(faults))
-        self.load_state_dict(state, strict=False)
+def _load_base(directory: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(directory)
+    state = read_state(directory / _PARTS)
+    # transformers' own loading only warns of keys that do not fit.
+    base = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    load_strict(base, state, str(directory / _PARTS))
+    return base
 
 
 def _model_directory(name: str | Path) -> Path:
