@@ -4,7 +4,9 @@ Every kernel file lists its compile variants in a module constant ``AOT_VARIANTS
 pipeline for a target, assembles the PTX with the bundled ``ptxas`` and disassembles it with ``cuobjdump``. The findings
 are kept as a golden file that a test compares with; after a change that is meant, rewrite it with::
 
-    python -m medvl_sam2.kernels._aot tests/kernels/aot_golden.json
+    python -m medvl_sam2.kernels._aot tests/kernels/aot_golden.json [file ...]
+
+naming the files of `kernels/` that changed, or none for all.
 """
 
 import json
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -84,15 +87,22 @@ def inspect_variant(variant: Variant, capability: int) -> dict[str, int]:
     return {"shared": compiled.metadata.shared, **_assemble(compiled.asm["ptx"], capability)}
 
 
-def write_golden(path: Path) -> None:
-    """Inspect every variant for every target and keep the findings in `path`."""
+def write_golden(path: Path, files: Collection[str] = ()) -> None:
+    """Inspect variants for every target and keep the findings in `path`.
+
+    Args:
+        path: The golden file.
+        files: Kernel files to inspect again, without ``.py``; findings of others are kept. All of them by default.
+    """
     import triton
 
-    findings = {
-        f"{key}@sm_{capability}": inspect_variant(variant, capability)
-        for key, variant in all_variants().items()
-        for capability in SHARED_LIMIT
-    }
+    known = json.loads(path.read_text())["findings"] if files else {}
+    findings = {}
+    for key, variant in all_variants().items():
+        for capability in SHARED_LIMIT:
+            name = f"{key}@sm_{capability}"
+            keep = name in known and key.split("/")[0] not in files
+            findings[name] = known[name] if keep else inspect_variant(variant, capability)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in findings.items())
     path.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "findings": {{\n{lines}\n}}}}\n')
 
@@ -127,4 +137,4 @@ def _assemble(ptx: str, capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    write_golden(Path(sys.argv[1]))
+    write_golden(Path(sys.argv[1]), sys.argv[2:])
