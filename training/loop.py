@@ -69,14 +69,17 @@ def run_phase(
         f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
     }
     optimizer = torch.optim.AdamW(_groups(parameters, phase.weight_decay), lr=phase.lr, betas=(0.9, 0.98))
+    # Random buffers, such as SAM2's Fourier matrix, belong to the weights although nothing trains them.
+    buffers = {f"{key}.{n}": b for key, module in modules.items() for n, b in module.named_buffers()}
     path = out / "checkpoints" / f"{name}.pt"
     state = checkpoint.load(path)
     start = 0
     if state is not None:
         start = state["step"]
         with torch.no_grad():
-            for key, value in state["parameters"].items():
-                parameters[key].copy_(value)
+            for own, kept in ((parameters, state["parameters"]), (buffers, state["buffers"])):
+                for key, value in kept.items():
+                    own[key].copy_(value)
         if start >= phase.steps:
             return
         optimizer.load_state_dict(state["optimizer"])
@@ -103,7 +106,8 @@ def run_phase(
                 bar.set_postfix(loss=f"{log.write(step + 1, optimizer.param_groups[0]['lr']):.4f}")
             if (step + 1) % config.save_every == 0 or step + 1 == phase.steps:
                 saved = {key: p.detach() for key, p in parameters.items()}
-                checkpoint.save(path, {"step": step + 1, "parameters": saved, "optimizer": optimizer.state_dict()})
+                state = {"step": step + 1, "parameters": saved, "buffers": buffers, "optimizer": optimizer.state_dict()}
+                checkpoint.save(path, state)
     for module in modules.values():
         module.eval()
 
