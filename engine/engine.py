@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from medvl_sam2.engine.language.transformers import TransformersBackend
 from medvl_sam2.engine.precision import choose_device, choose_precision
 from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.session import VolumeSession
+from medvl_sam2.engine.turns import FairLock
 from medvl_sam2.engine.volumes import read_volume
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.processing import VolumeProcessor
@@ -60,7 +60,7 @@ class MedVLEngine:
             raise InputError(str(error)) from error
         self.config = model.config
         self.cache_bytes = cache_bytes
-        self.lock = RLock()
+        self.lock = FairLock()
         self.processor = VolumeProcessor(model.config)
         self.tokenizer = model.tokenizer
         self.chat = model.chat
@@ -122,10 +122,20 @@ class MedVLEngine:
             return VolumeSession(self, scan)
         key = (_fingerprint(Path(scan)), series)
         with self.lock:
-            if key not in self._sessions:
-                self._sessions[key] = VolumeSession(self, read_volume(scan, series=series))
+            known = self._sessions.get(key)
+        # Read without the lock: a large scan takes seconds, in which others compute.
+        session = known or VolumeSession(self, read_volume(scan, series=series))
+        with self.lock:
+            session = self._sessions.setdefault(key, session)
             self._sessions.move_to_end(key)
-            return self._sessions[key]
+            return session
+
+    def close(self, session: VolumeSession) -> None:
+        """Forget a scan and free what is kept of it."""
+        with self.lock:
+            for key in [key for key, known in self._sessions.items() if known is session]:
+                del self._sessions[key]
+            session.release()
 
     @contextmanager
     def using(self, session: VolumeSession) -> Iterator[None]:

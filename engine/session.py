@@ -43,10 +43,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class ChatEvent:
-    """A piece of an answer as it comes: some text, or a mask."""
+    """A piece of an answer as it comes: some text, or a mask.
+
+    Attributes:
+        text: What became certain since the last event.
+        segmentation: A mask, after the text that led to it.
+        finish: "stop" or "length" on the last event (which may carry text too), else None.
+        tokens: Tokens generated so far.
+    """
 
     text: str = ""
     segmentation: Segmentation | None = None
+    finish: str | None = None
+    tokens: int = 0
 
 
 class VolumeSession:
@@ -145,19 +154,39 @@ class VolumeSession:
             InputError: The text is empty or too long.
         """
         stream = TextStream(self._engine.tokenizer)
+        tokens = 0
         for step in self._steps(text, history, max_tokens, cancel):
+            tokens += 1
             if step.hidden is None:
                 if piece := stream.push(step.token):
-                    yield ChatEvent(text=piece)
+                    yield ChatEvent(text=piece, tokens=tokens)
                 continue
             with self._engine.using(self):
                 before = dict(self.stages)
                 (shown,) = self._by_text(step.hidden[None, None])
                 name = mask_name(stream.text, text)
                 mask = self._segmentation(name, stream.text.strip(), shown, self.stages.since(before))
-            yield ChatEvent(segmentation=mask)
-        if rest := stream.flush():
-            yield ChatEvent(text=rest)
+            yield ChatEvent(segmentation=mask, tokens=tokens)
+        room = self._engine.room - len(self.prompt_ids(text, history))
+        yield ChatEvent(
+            text=stream.flush(), finish="stop" if tokens < min(max_tokens, room) else "length", tokens=tokens
+        )
+
+    def prompt_ids(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Tokens of a conversation after the scan's prefix, up to where the answer begins.
+
+        Args:
+            text: What the user says.
+            history: Earlier turns (user, answer).
+
+        Raises:
+            InputError: The text is empty or too long.
+        """
+        chat = self._engine.chat
+        ids: list[int] = []
+        for number, (question, answer) in enumerate(history):
+            ids += [*chat.question(question, first=number == 0), *chat.answer(answer)]
+        return self._checked(ids + chat.question(text, first=not history), text)
 
     def segment(
         self,
@@ -259,12 +288,7 @@ class VolumeSession:
     def _steps(
         self, text: str, history: Sequence[tuple[str, str]], max_tokens: int, cancel: Event | None
     ) -> Iterator[Any]:
-        chat = self._engine.chat
-        ids: list[int] = []
-        for number, (question, answer) in enumerate(history):
-            ids += [*chat.question(question, first=number == 0), *chat.answer(answer)]
-        ids += chat.question(text, first=not history)
-        ids = self._checked(ids, text)
+        ids = self.prompt_ids(text, history)
         with self._engine.using(self):
             prefix = self._language_prefix()
         steps = self._engine.language.generate(
