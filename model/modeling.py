@@ -130,7 +130,7 @@ class MedVLSAM2(nn.Module):
         return self.seg_bridge(hidden[sample, position])
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json, model.safetensors, the LLM's base, the LoRA adapter and the tokenizer."""
+        """Write config.json, model.safetensors, the LLM's base, the LoRA adapter and the tokenizer, in their dtype."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.config.save(directory)
@@ -182,7 +182,7 @@ def _load_base(directory: Path) -> PreTrainedModel:
     state = read_state(directory / _PARTS)
     # transformers' own loading only warns of keys that do not fit.
     base = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     load_strict(base, state, str(directory / _PARTS))
     return base
