@@ -64,14 +64,15 @@ class VolumeTracker:
         """Segment a slice from prompts; it conditions the others unless it was already reached by propagation.
 
         On a slice that has a mask already, the new clicks correct it: its logits go in as a hint. All prompts of the
-        slice are to be given each time.
+        slice are to be given each time. A conditioning slice stays one when it is corrected after a run; the package
+        would show the correction and then forget it.
 
         Returns:
             The slice's outcome; its memory is encoded when :meth:`run` begins.
         """
         index = self._check_index(slice_index)
         prompts = prompts or Prompts()
-        is_conditioning = index not in self._direction
+        is_conditioning = index not in self._direction or index in self.bank.conditioning
         previous = self._pending[index].output if index in self._pending else self.outputs.get(index)
         has_clicks = prompts.points is not None or prompts.boxes is not None
         if previous is not None and has_clicks and prompts.masks is None:

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, MemoryBank, Prompts, SAM2Config, SliceFeatures, propagate
+from medvl_sam2.model.sam2 import (
+    NO_OBJECT,
+    SAM2,
+    MemoryBank,
+    Prompts,
+    SAM2Config,
+    SliceFeatures,
+    VolumeTracker,
+    propagate,
+)
 from medvl_sam2.model.sam2.layers import apply_rope, rope_tables, sine_position
 
 SIZE, SLICES = 64, 5
@@ -72,6 +81,19 @@ def test_batch_of_objects_equals_one_by_one(model: SAM2, features: SliceFeatures
         alone = propagate(model, features, one, start=1, seg_embeddings=seg[b : b + 1], gate_by_object_score=gate)
         torch.testing.assert_close(together[0][:, b], alone[0][:, 0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(together[1][:, b], alone[1][:, 0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_correcting_a_conditioning_slice_replaces_its_memory(model: SAM2, features: SliceFeatures, seg: Tensor) -> None:
+    tracker = VolumeTracker(model, features, seg_embeddings=seg)
+    tracker.prompt(1, Prompts(POINTS, LABELS))
+    list(tracker.run(1))
+    first, old = tracker.stack()[1], tracker.bank.conditioning[1]
+    corrected = tracker.prompt(1, Prompts(POINTS.flip(0), 1 - LABELS))
+    list(tracker.run(1))
+    assert torch.equal(tracker.outputs[1].object_score, corrected.object_score)
+    assert not torch.equal(tracker.bank.conditioning[1].features, old.features) and 1 not in tracker.bank.tracked
+    assert not torch.allclose(tracker.stack()[1][2:], first[2:])
 
 
 @torch.no_grad()
