@@ -23,7 +23,8 @@ Tile = dict[str, int]
 CONFIGS = Path(__file__).resolve().parent / "configs"
 CONFIGS_VARIABLE = "MEDVL_SAM2_CONFIGS"
 
-_forced: dict[str, Tile] = {}
+_forced: dict[tuple[str, str | None], Tile] = {}
+_asked: dict[str, dict[str, Tile]] | None = None
 
 
 def gpu_name(device: torch.device | str | None = None) -> str:
@@ -63,8 +64,11 @@ def tile(kernel: str, default: Tile, device: torch.device | None = None, key: st
         device: Device of the launch; only CUDA devices have measured settings.
         key: Shape class inside the kernel (for instance ``"M2048-K1024-N768"``); falls back to ``"default"``.
     """
-    if kernel in _forced:
-        return {**default, **_forced[kernel]}
+    if _asked is not None:
+        _asked.setdefault(kernel, {})[key] = default
+    forced = _forced.get((kernel, key), _forced.get((kernel, None)))
+    if forced is not None:
+        return {**default, **forced}
     if device is None or device.type != "cuda":
         return default
     tiles = _measured(gpu_name(device)).get(kernel, {})
@@ -72,20 +76,35 @@ def tile(kernel: str, default: Tile, device: torch.device | None = None, key: st
 
 
 @contextmanager
-def force_tile(kernel: str, settings: Tile) -> Iterator[None]:
-    """Make every launch of `kernel` use `settings` while the context is open."""
-    before = _forced.get(kernel)
-    _forced[kernel] = settings
+def force_tile(kernel: str, settings: Tile, key: str | None = None) -> Iterator[None]:
+    """Make launches of `kernel` use `settings` while the context is open: all of them, or those of one shape class."""
+    before = _forced.get((kernel, key))
+    _forced[kernel, key] = settings
     try:
         yield
     finally:
-        _forced.pop(kernel)
+        _forced.pop((kernel, key))
         if before is not None:
-            _forced[kernel] = before
+            _forced[kernel, key] = before
+
+
+def tiles_asked(run: Callable[[], Any]) -> dict[str, dict[str, Tile]]:
+    """Run once, and give the heuristic tile of each (kernel, shape class) that its launches asked for."""
+    global _asked
+    _asked = {}
+    try:
+        run()
+        return _asked
+    finally:
+        _asked = None
 
 
 def tune(
-    kernel: str, candidates: Sequence[Tile], run: Callable[[], Any], measure: Callable[[Callable[[], Any]], float]
+    kernel: str,
+    candidates: Sequence[Tile],
+    run: Callable[[], Any],
+    measure: Callable[[Callable[[], Any]], float],
+    key: str | None = None,
 ) -> tuple[Tile, dict[str, float]]:
     """Time `run` under each candidate tile and return the fastest with all times; candidates that fail are left out.
 
@@ -94,11 +113,12 @@ def tune(
         candidates: Settings to try.
         run: Launches the operation once.
         measure: Turns a callable into a time, for instance ``triton.testing.do_bench``.
+        key: Shape class to try them on; None for every launch of the kernel.
     """
     times: dict[str, float] = {}
     best: Tile | None = None
     for candidate in candidates:
-        with force_tile(kernel, candidate):
+        with force_tile(kernel, candidate, key):
             try:
                 seconds = measure(run)
             # A tile too large for the chip fails in compilation or at launch, each Triton version with its own error.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medvl_sam2.kernels._aot import Variant
 from medvl_sam2.kernels._common import (
     check_dtype,
     check_same_device,
@@ -453,9 +454,7 @@ def _row_index(index: Tensor, leading: torch.Size) -> Tensor:
     return spread.reshape(-1).to(torch.int32)
 
 
-def _variants() -> list:
-    from medvl_sam2.kernels._aot import Variant
-
+def _variants() -> list[Variant]:
     found = []
     for kind, n, up in (("bf16", 32, False), ("bf16", 128, True), ("fp32", 64, True)):
         pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{kind}:16") | {"index_ptr": "*i32:16"}

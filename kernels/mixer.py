@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medvl_sam2.kernels._aot import Variant
 from medvl_sam2.kernels._common import (
     check_dtype,
     check_same_device,
     check_shape,
     device_guard,
+    dot_precision,
     match_autocast,
     tl,
     triton,
@@ -251,7 +253,6 @@ def _matmul(
         tile("mixer", _heuristic(a.dtype, m, n, out.shape[0], epilogue), a.device, f"M{m}-N{n}-K{k}-{norm}")
     )
     grid = (triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"]), out.shape[0])
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     _mixer_matmul_kernel[grid](
         a,
         b,
@@ -275,7 +276,7 @@ def _matmul(
         BIAS=bias_axis,
         EPILOGUE=epilogue,
         REDUCE=reduce,
-        PRECISION=precision,
+        PRECISION=dot_precision(a.dtype),
         **settings,
     )
     return out
@@ -430,9 +431,7 @@ def mixer_layer(
     return _fwd(x.contiguous(), [tensor.contiguous() for tensor in weights], eps, keep)[0]
 
 
-def _variants() -> list:
-    from medvl_sam2.kernels._aot import Variant
-
+def _variants() -> list[Variant]:
     rows = ("a_m", "b_k", "out_m")
     # norm, bias, epilogue, strides divisible by 16, strides of 1
     cases = {

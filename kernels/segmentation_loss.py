@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from medvl_sam2.kernels._aot import Variant
 from medvl_sam2.kernels._common import check_dtype, check_same_device, device_guard, tl, triton
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
@@ -416,9 +417,7 @@ def point_sampled_loss(
     return segmentation_loss(sample_points(logits.float(), points), wanted, weight, eps=eps)
 
 
-def _variants() -> list:
-    from medvl_sam2.kernels._aot import Variant
-
+def _variants() -> list[Variant]:
     pairs = {"bf16-u8": ("*bf16:16", "*u8:16"), "fp32-u8": ("*fp32:16", "*u8:16"), "fp32-fp32": ("*fp32:16",) * 2}
     strides = {"stride_x": "i32:16", "stride_g": "i32:16", "P": "i32:16"}
     sizes = {"BLOCK": 1024, "STEPS": 4}
