@@ -104,6 +104,7 @@ def test_tuning_needs_a_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_rows_are_right_and_tuning_keeps_them_so(tmp_path):
     rows = kernels.run(["segmentation_loss", "layer_norm"], small=True, modes=("forward", "full"))
     assert all(row["correct"] for row in rows) and any(row["path"] == "triton" for row in rows)
