@@ -1,6 +1,7 @@
 """Output files that are written whole or not at all."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,29 @@ def check_file(path: str | os.PathLike) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"{path}: not writable ({error.strerror}); choose another place") from error
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and is removed otherwise.
+
+    Raises:
+        InputError: Something is there already, or the place cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: is there already; choose another name or remove it")
+    part = path.with_name(f".{uuid.uuid4().hex[:12]}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: could not be written ({error.strerror or error}); free space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def make_folder(path: str | os.PathLike) -> Path:

@@ -1,13 +1,13 @@
 """Masks from prompts: every slice alone, or carried by SAM2's memory away from a start slice."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from medvl_sam2.model.config import SegConfig
-from medvl_sam2.model.sam2 import SAM2, Prompts, SliceFeatures, propagate
+from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SliceFeatures, propagate
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,13 @@ class ObjectSlices:
     scores: Tensor
     present: Tensor
     start: int | None
+
+
+def union(objects: Sequence[ObjectSlices]) -> ObjectSlices:
+    """Several objects as one."""
+    present = torch.stack([one.present for one in objects])
+    logits = torch.stack([one.logits for one in objects]).masked_fill(~present[:, :, None, None], NO_OBJECT)
+    return ObjectSlices(logits.amax(0), torch.stack([one.scores for one in objects]).amax(0), present.any(0), None)
 
 
 class Segmenter:

@@ -11,7 +11,7 @@ from torch import Tensor
 from medvl_sam2.engine.geometry import InputError, Space, Volume
 from medvl_sam2.engine.prompting import Box, Point, SlicePrompts, slice_prompts
 from medvl_sam2.engine.segmentation import Segmentation
-from medvl_sam2.engine.segmenter import ObjectSlices
+from medvl_sam2.engine.segmenter import ObjectSlices, union
 from medvl_sam2.engine.text import TextStream, chosen, mask_name, requested
 from medvl_sam2.engine.timing import Stages
 from medvl_sam2.model.processing import ScanArray
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from medvl_sam2.engine.engine import MedVLEngine
 
 MAX_TOKENS = 512
+# Tokens of an answer that names several objects.
+MAX_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class VolumeSession:
         """Memory that the kept work takes, the scan's own voxels aside."""
         prefix = 0 if self._prefix is None else self._engine.language.prefix_bytes(self._prefix)
         return prefix + (0 if self._features is None else self._features.nbytes)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens ahead of every question: the system message and the scan."""
+        return len(self._engine.chat.prefix())
 
     def encode(self) -> "VolumeSession":
         """Do all the work that depends on the scan alone, so that later requests are quick."""
@@ -224,19 +231,34 @@ class VolumeSession:
         """Segment several objects by name or description, in one go.
 
         Args:
-            targets: As in `segment`.
+            targets: As in `segment`. One that the model takes for several objects ("kidneys") gives their union.
         """
         before = dict(self.stages)
         with self._engine.using(self):
             names, forced = self._force(targets)
             here = [i for i, result in enumerate(forced) if result.margin > 0]
             objects = dict(zip(here, self._by_text(torch.stack([forced[i].hidden for i in here])))) if here else {}
+            texts = [
+                SEGMENT_ANSWER if i in objects else ABSENT_ANSWER.format(name=name) for i, name in enumerate(names)
+            ]
+            own = {self._engine.chat.answer(text)[0] for text in (SEGMENT_ANSWER, ABSENT_ANSWER)}
+            for i, result in enumerate(forced):
+                # The model would begin with something else: with a name, when it sees several objects in the request.
+                if result.first not in own and (parts := self._own_answer(targets[i])):
+                    texts[i], objects[i] = parts
         timings = self.stages.since(before)
-        results = []
-        for i, name in enumerate(names):
-            text = SEGMENT_ANSWER if i in objects else ABSENT_ANSWER.format(name=name)
-            results.append(self._segmentation(name, text, objects.get(i), timings))
-        return results
+        return [self._segmentation(name, texts[i], objects.get(i), timings) for i, name in enumerate(names)]
+
+    def _own_answer(self, target: str) -> tuple[str, ObjectSlices] | None:
+        """The model's own answer to a request and its objects as one; None unless there are several."""
+        stream = TextStream(self._engine.tokenizer)
+        states = []
+        for step in self._steps(requested(target)[1], (), MAX_PARTS, None):
+            stream.push(step.token)
+            states += [] if step.hidden is None else [step.hidden]
+        if len(states) < 2:
+            return None
+        return stream.text.strip(), union(self._by_text(torch.stack(states)[:, None]))
 
     def _segment_marked(self, target: str | None, marked: SlicePrompts) -> Segmentation:
         before = dict(self.stages)

@@ -18,6 +18,7 @@ _PUBLIC = {
     "MedVLEngine": "medvl_sam2.engine.engine",
     "MedVLConfig": "medvl_sam2.model.config",
     "MedVLSAM2": "medvl_sam2.model.modeling",
+    "InputError": "medvl_sam2.engine.geometry",
     "Volume": "medvl_sam2.engine.volumes",
     "read_volume": "medvl_sam2.engine.volumes",
     "write_mask": "medvl_sam2.engine.volumes",

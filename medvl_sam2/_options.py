@@ -103,10 +103,13 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 def convert(parser: argparse.ArgumentParser) -> None:
     """Options of `convert`."""
-    parser.add_argument("--vit", type=Path, required=True, help="M3D-CLIP: pretrained_ViT.bin or model.safetensors")
-    parser.add_argument("--llm", type=Path, required=True, help="InternVL2.5 directory")
-    parser.add_argument("--sam2", type=Path, required=True, help="SAM2 or SAM2.1 checkpoint (.pt)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--vit", type=Path, required=True, metavar="FILE", help="M3D-CLIP: pretrained_ViT.bin or model.safetensors"
+    )
+    parser.add_argument("--llm", type=Path, required=True, metavar="DIR", help="InternVL2.5 or a Qwen2 model")
+    parser.add_argument("--sam2", type=Path, required=True, metavar="FILE", help="sam2_hiera_*.pt or sam2.1_hiera_*.pt")
+    parser.add_argument("--image-size", type=int, default=1024, metavar="PIXELS", help="of SAM2 (default: 1024)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="model directory to make")
 
 
 def info(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from medvl_sam2.engine.engine import MedVLEngine
-from medvl_sam2.engine.files import check_file, make_folder, write_text
+from medvl_sam2.engine.files import check_file, make_folder, new_folder, write_text
 from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.masks import check_writable, write_mask
 from medvl_sam2.engine.progress import bar
@@ -148,10 +148,11 @@ def convert(args: Namespace) -> Result:
     """A model directory from public checkpoints."""
     from medvl_sam2.model.convert import convert as join
 
-    out = make_folder(args.output)
-    with _input_errors():
-        join(vit=args.vit, llm=args.llm, sam2=args.sam2, out=out)
-    return {"model": out}, f"Model written to {out}"
+    disable_progress_bar()
+    with new_folder(args.output) as folder, _input_errors():
+        config = join(vit=args.vit, llm=args.llm, sam2=args.sam2, out=folder, image_size=args.image_size)
+    document = {"model": args.output, "config": config.to_dict()}
+    return document, f"Model written to {args.output}; its projector, LoRA and [SEG] bridge are untrained."
 
 
 def info(args: Namespace) -> Result:

@@ -4,8 +4,10 @@ import errno
 import gzip
 import json
 import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from medvl_sam2.cli import main
+from medvl_sam2.engine.language.transformers import TransformersBackend
+from medvl_sam2.training.phantom import Phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,7 +168,7 @@ def test_damaged_checkpoint(run, ct, small_model, tmp_path, fault):
         del tensors[key]
     elif fault == "extra":
         key = "surprise.weight"
-        tensors[key] = tensors["seg_bridge.text_hidden_fcs.0.bias"]
+        tensors[key] = tensors["seg_bridge.text_hidden_fcs.0.bias"].clone()
     elif fault == "shape":
         tensors[key] = tensors[key][:3].contiguous()
     if fault == "truncated":
@@ -233,13 +237,20 @@ def test_negative_coordinates_in_millimetres(run, tmp_path):
     assert status == 0, err
 
 
-def test_several_names_make_one_label_map(run, ct, tmp_path, monkeypatch):
-    from medvl_sam2.engine.language.base import Forced
-    from medvl_sam2.engine.language.transformers import TransformersBackend
-
+def decide(monkeypatch, margin):
+    """Make the random model say whether each target is there."""
     weigh = TransformersBackend._weigh
+
+    def weighed(backend, hidden, start, answer, rival):
+        result = weigh(backend, hidden, start, answer, rival)
+        return replace(result, margin=margin(), first=answer[0])
+
+    monkeypatch.setattr(TransformersBackend, "_weigh", weighed)
+
+
+def test_several_names_make_one_label_map(run, ct, tmp_path, monkeypatch):
     margins = iter([1.0, -1.0, 1.0])
-    monkeypatch.setattr(TransformersBackend, "_weigh", lambda *a: Forced(weigh(*a).hidden, next(margins)))
+    decide(monkeypatch, lambda: next(margins))
     status, text, _ = run("segment", ct, "liver", "spleen", "left kidney", "-o", tmp_path / "o.seg.nrrd", "--json")
     assert status == 0
     shown = json.loads(text.splitlines()[-1])["objects"]
@@ -253,11 +264,7 @@ def test_several_names_make_one_label_map(run, ct, tmp_path, monkeypatch):
 
 
 def test_nothing_found_writes_no_file(run, ct, tmp_path, monkeypatch):
-    from medvl_sam2.engine.language.base import Forced
-    from medvl_sam2.engine.language.transformers import TransformersBackend
-
-    weigh = TransformersBackend._weigh
-    monkeypatch.setattr(TransformersBackend, "_weigh", lambda *a: Forced(weigh(*a).hidden, -1.0))
+    decide(monkeypatch, lambda: -1.0)
     status, text, _ = run("segment", ct, "spleen", "-o", tmp_path / "o.nii.gz")
     assert status == 0
     assert "There is no spleen in this scan." in text
@@ -270,10 +277,11 @@ def test_single_slice_works(run, tmp_path):
     assert nib.load(tmp_path / "o.nii.gz").shape == (24, 20, 1)
 
 
-def test_mr_image_is_read_with_a_warning(run, shared_data):
-    status, _, err = run("report", shared_data / "odd_headers" / "mr_torso_not_ct.nii.gz")
+def test_mr_image_is_read_with_a_warning(run, shared_data, caplog):
+    status, text, _ = run("report", shared_data / "odd_headers" / "mr_torso_not_ct.nii.gz", "--json")
     assert status == 0
-    assert "MR" in err
+    assert "MR image" in caplog.text
+    assert "MR image" in json.loads(text)["warnings"][0]
 
 
 def test_ask_with_choices(run, ct):
@@ -310,12 +318,14 @@ def test_info(run):
     assert status == 0
     document = json.loads(text)
     assert document["versions"]["torch"]
-    assert {kernel["name"] for kernel in document["kernels"]} >= {"attention", "mixer", "volume_ingest"}
+    assert {kernel["name"] for kernel in document["kernels"]} >= {"mask_epilogue", "mixer", "volume_ingest"}
     assert all(kernel["reason"] for kernel in document["kernels"])
     assert run("info")[0] == 0
 
 
-def test_phantom_and_seeds(run, tmp_path):
+def test_phantom_and_seeds(run, tmp_path, monkeypatch):
+    native = Phantom.native
+    monkeypatch.setattr(Phantom, "native", lambda self, _: native(self, 48))
     status, text, _ = run("phantom", "--seed", "1000001", "--out", tmp_path / "p", "--json")
     assert status == 0
     assert json.loads(text)["seed"] == 1_000_001
@@ -332,3 +342,22 @@ def test_train_config_mistakes(run, tmp_path):
     assert_input_error(run("train", "--config", "no-such", "--out", tmp_path / "t"), "no-such")
     assert_input_error(run("train", "--set", "stage1.stepz=3", "--out", tmp_path / "t"), "stepz")
     assert not (tmp_path / "t").exists()
+
+
+def test_convert_refuses_code_and_leaves_nothing(run, small_model, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    vit, sam2, out = tmp_path / "pretrained_ViT.bin", tmp_path / "sam2.1_hiera_tiny.pt", tmp_path / "model"
+    sam2.write_bytes(pickle.dumps({"model": Bomb()}))
+    vit.write_bytes(b"")
+    arguments = ("--llm", small_model / "language", "--sam2", sam2, "--vit", vit, "-o", out)
+    assert_input_error(run("convert", *arguments))
+    assert_input_error(run("convert", *arguments[2:], "--llm", tmp_path / "none"), "none")
+    assert not out.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    out.mkdir()
+    (out / "kept").touch()
+    assert_input_error(run("convert", *arguments), "model")
+    assert (out / "kept").exists()

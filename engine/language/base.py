@@ -34,10 +34,12 @@ class Forced:
         hidden: (N, H) states of the answer's [SEG] tokens, in reading order.
         margin: Log-odds of the forced answer over the rival one, at the first token where the two differ; above zero
             the model would rather begin the forced one. Infinite when there is no rival.
+        first: Token that the model itself would begin its answer with.
     """
 
     hidden: Tensor
     margin: float
+    first: int
 
 
 class LanguageBackend(ABC):

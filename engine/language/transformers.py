@@ -117,13 +117,11 @@ class TransformersBackend(LanguageBackend):
     def _weigh(self, hidden: Tensor, start: int, answer: Sequence[int], rival: Sequence[int] | None) -> Forced:
         offset = start - (self.convention == "predicting")
         states = hidden[[offset + i for i, token in enumerate(answer) if token == self.chat.seg_id]]
-        margin = math.inf
-        if rival is not None:
-            # Up to the first difference both answers share their context, so one forward serves both.
-            place = next(i for i, (own, other) in enumerate(zip(answer, rival)) if own != other)
-            scores = self.model.logits(hidden[start + place - 1]).float()
-            margin = float(scores[answer[place]] - scores[rival[place]])
-        return Forced(states, margin)
+        # Up to the first difference both answers share their context, so one forward serves both.
+        place = next((i for i, (own, other) in enumerate(zip(answer, rival or ())) if own != other), 0)
+        begin, differ = self.model.logits(hidden[[start - 1, start + place - 1]]).float()
+        margin = math.inf if rival is None else float(differ[answer[place]] - differ[rival[place]])
+        return Forced(states, margin, int(begin.argmax()))
 
 
 def _fork(cache: DynamicCache, batch: int = 1) -> DynamicCache:
