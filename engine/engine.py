@@ -35,7 +35,7 @@ class MedVLEngine:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "auto", "float32", "bfloat16" or "float16", see `choose_precision`.
         language_backend: Runtime of the LLM, one of `LANGUAGE_BACKENDS`.
-        cache_bytes: Most memory that encoded scans may hold; the least recently used are let go first.
+        cache_bytes: Most memory that scans and what is computed of them may hold; the least recently used are let go.
 
     Raises:
         InputError: An unknown device, dtype or backend.
@@ -128,14 +128,17 @@ class MedVLEngine:
         with self.lock:
             session = self._sessions.setdefault(key, session)
             self._sessions.move_to_end(key)
+            self._trim(session)
             return session
 
-    def close(self, session: VolumeSession) -> None:
-        """Forget a scan and free what is kept of it."""
+    def close(self, scan: str | os.PathLike) -> None:
+        """Forget the scan of a file or folder, and free what is kept of it."""
+        name = str(Path(scan).resolve())
         with self.lock:
-            for key in [key for key, known in self._sessions.items() if known is session]:
-                del self._sessions[key]
-            session.release()
+            for key, session in list(self._sessions.items()):
+                if key[0][0] == name:
+                    session.release()
+                    del self._sessions[key]
 
     @contextmanager
     def using(self, session: VolumeSession) -> Iterator[None]:
@@ -156,12 +159,13 @@ class MedVLEngine:
             return self._model.seg_bridge(rows).reshape(*hidden.shape[:-1], -1)
 
     def _trim(self, current: VolumeSession) -> None:
-        held = sum(session.nbytes for session in self._sessions.values())
+        sizes = {key: session.nbytes + session.volume.voxels.nbytes for key, session in self._sessions.items()}
+        held = sum(sizes.values())
         for key, session in list(self._sessions.items()):
             if held <= self.cache_bytes:
                 return
             if session is not current:
-                held -= session.nbytes
+                held -= sizes[key]
                 session.release()
                 del self._sessions[key]
 

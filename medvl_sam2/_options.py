@@ -71,6 +71,26 @@ def report(parser: argparse.ArgumentParser) -> None:
     model(parser)
 
 
+def serve(parser: argparse.ArgumentParser) -> None:
+    """Options of `serve`."""
+    model(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="other than loopback only with keys (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="API keys, one a line; or in MEDVL_SAM2_API_KEYS, commas between"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="keep uploaded scans here over restarts (default: a temporary folder)"
+    )
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (default: 32)")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="of a request (default: 300)")
+    parser.add_argument(
+        "--expire", type=float, default=3600, metavar="S", help="delete a scan this long after its last use"
+    )
+    parser.add_argument("--max-upload", type=float, default=2048, metavar="MB", help="of a scan's file (default: 2048)")
+
+
 def phantom(parser: argparse.ArgumentParser) -> None:
     """Options of `phantom`."""
     parser.add_argument("--seed", type=int, required=True)

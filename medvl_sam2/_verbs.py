@@ -99,6 +99,37 @@ def demo(args: Namespace) -> Result:
     return run(_engine(args), make_folder(args.out), seed=args.seed)
 
 
+def serve(args: Namespace) -> Result:
+    """A server, until it is told to stop."""
+    try:
+        from medvl_sam2.engine.server.app import serve as run
+        from medvl_sam2.engine.server.auth import ApiKeys, check_host
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve: needs the package {error.name}; pip install 'medvl-sam2[server]'") from error
+    for name in ("workers", "timeout", "expire", "max_upload"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"{name}: expected more than 0, got {getattr(args, name):g}")
+    if args.queue < 0 or not 0 <= args.port < 65536:
+        raise InputError("queue, port: expected 0 or more waiting requests and a port below 65536")
+    keys = ApiKeys.load(args.keys)
+    # Before the model is loaded: most mistakes show here.
+    check_host(args.host, keys)
+    run(
+        _engine(args),
+        Path(args.model).name,
+        host=args.host,
+        port=args.port,
+        data=args.data,
+        keys=keys,
+        workers=args.workers,
+        waiting=args.queue,
+        timeout=args.timeout,
+        expire=args.expire,
+        max_upload=int(args.max_upload * 1e6),
+    )
+    return {"model": args.model, "stopped": True}, "Stopped."
+
+
 def phantom(args: Namespace) -> Result:
     """A phantom's files."""
     from medvl_sam2.training.phantom import make_phantom, write_phantom

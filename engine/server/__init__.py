@@ -1,0 +1,1 @@
+"""HTTP server: many users, one engine."""

@@ -1,0 +1,87 @@
+"""Masks as users get them: run lengths, bounding box, NIfTI."""
+
+import secrets
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medvl_sam2.engine.geometry import Space, Volume
+from medvl_sam2.engine.masks import write_mask
+from medvl_sam2.engine.segmentation import Segmentation
+from medvl_sam2.engine.server.schemas import Mask, Rle
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMask:
+    """A mask with what it was asked for by, so that it can be refined and downloaded.
+
+    Attributes:
+        id: Under which users know it.
+        name: Of the object.
+        target: Words of the request, or None.
+        points: Clicks of the request and of its refinements.
+        box: Of the request, or None.
+        space: Of points and box.
+        counts: Run lengths of the canonical mask, (Z, Y, X) in C order.
+        absent: The model answered that there is no such thing.
+    """
+
+    id: str
+    name: str
+    target: str | None
+    points: tuple[tuple[float, ...], ...]
+    box: tuple[float, ...] | None
+    space: Space
+    counts: np.ndarray
+    absent: bool
+
+    @classmethod
+    def of(
+        cls,
+        found: Segmentation,
+        target: str | None,
+        points: tuple[tuple[float, ...], ...] = (),
+        box: tuple[float, ...] | None = None,
+        space: Space = "voxel",
+    ) -> "StoredMask":
+        """Keep a segmentation under a new id."""
+        identity = f"mask_{secrets.token_hex(8)}"
+        return cls(identity, found.name, target, points, box, space, run_lengths(found.mask.ravel()), found.absent)
+
+    def nifti(self, volume: Volume) -> bytes:
+        """The mask as a .nii.gz on the grid of the scan's own file."""
+        bits = np.arange(len(self.counts), dtype=np.uint8) & 1
+        mask = np.repeat(bits, self.counts).reshape(volume.shape)
+        with tempfile.TemporaryDirectory(prefix="medvl_sam2_") as folder:
+            path = Path(folder) / "mask.nii.gz"
+            write_mask(path, mask, volume, {1: self.name})
+            return path.read_bytes()
+
+
+def run_lengths(flat: np.ndarray) -> np.ndarray:
+    """Lengths of the runs of a bool array, (N,) -> (R,) uint32, beginning with the zeros."""
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(edges, prepend=0, append=flat.size).astype(np.uint32)
+    return np.concatenate([np.zeros(1, np.uint32), counts]) if flat[0] else counts
+
+
+def describe(stored: StoredMask, found: Segmentation, volume_id: str) -> Mask:
+    """A segmentation in the file's own index order."""
+    own = found.volume.to_source(found.mask)
+    box = None
+    if own.any():
+        spans = [np.flatnonzero(own.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+        box = [int(span[0]) for span in spans] + [int(span[-1]) for span in spans]
+    counts = run_lengths(own.ravel(order="F"))
+    return Mask(
+        id=stored.id,
+        volume_id=volume_id,
+        name=found.name,
+        absent=found.absent,
+        text=found.text,
+        volume_ml=round(found.volume_ml, 4),
+        box=box,
+        rle=Rle(shape=list(own.shape), counts=counts.tolist()),
+    )
