@@ -12,13 +12,13 @@ projection of a sum is the sum of projections: a temporal term may be added to t
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medvl_sam2.kernels._aot import Variant
-from medvl_sam2.kernels._common import check_dtype, check_same_device, check_shape, device_guard, tl, triton
+from medvl_sam2.kernels._common import HAS_TRITON, check_dtype, check_same_device, check_shape, device_guard, tl, triton
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
+from medvl_sam2.kernels.linear import linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -76,7 +76,7 @@ def rope_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, num_plain_tokens: int
 ) -> Tensor:
     """Project with plain torch, rotate in fp32 and cast back."""
-    y = F.linear(x, _split_pairs(weight), None if bias is None else _split_pairs(bias))
+    y = linear(x, _split_pairs(weight), None if bias is None else _split_pairs(bias))
     return _turn(y, cos, sin, num_plain_tokens)
 
 
@@ -284,4 +284,4 @@ def _variants() -> tuple[Variant, ...]:
     return tuple(variants)
 
 
-AOT_VARIANTS = _variants()
+AOT_VARIANTS = _variants() if HAS_TRITON else ()

@@ -19,7 +19,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medvl_sam2.kernels._common import check_dtype, check_same_device, check_shape, device_guard, triton
@@ -27,6 +26,7 @@ from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
 from medvl_sam2.kernels.attention import attention
 from medvl_sam2.kernels.axial_rope import FLOATS, rope_linear
+from medvl_sam2.kernels.linear import linear
 from medvl_sam2.kernels.memory_attention_kernels import (
     forward_kernel,
     forward_tile,
@@ -264,7 +264,7 @@ def memory_attention(
     k = rope_linear(source, projections.k_weight, projections.k_bias, rope, num_plain_tokens=num_pointer_tokens)
     slot_size = rope[0].shape[0]
     out = memory_attention_cached(q, k, memory.to(k.dtype), slot_size=slot_size, num_pointer_tokens=num_pointer_tokens)
-    return F.linear(out, *absorb_values(projections))
+    return linear(out, *absorb_values(projections))
 
 
 def memory_attention_cached(
@@ -343,9 +343,9 @@ def memory_self_attention(x: Tensor, projections: Projections, rope: tuple[Tenso
     """
     q = rope_linear(x, projections.q_weight, projections.q_bias, rope)
     k = rope_linear(x, projections.k_weight, projections.k_bias, rope)
-    v = F.linear(x, projections.v_weight, projections.v_bias)
-    if q.dtype in (torch.float16, torch.bfloat16) and not _needs_grad(q, k, v):
+    v = linear(x, projections.v_weight, projections.v_bias)
+    if (q.dtype in (torch.float16, torch.bfloat16) or not q.is_cuda) and not _needs_grad(q, k, v):
         out = memory_attention_cached(q, k, v, slot_size=k.shape[1])
     else:
         out = attention(q[:, None], k[:, None], v[:, None])[:, 0]
-    return F.linear(out, projections.out_weight, projections.out_bias)
+    return linear(out, projections.out_weight, projections.out_bias)

@@ -16,7 +16,7 @@ import math
 import torch
 
 from medvl_sam2.kernels._aot import Variant
-from medvl_sam2.kernels._common import tl, triton
+from medvl_sam2.kernels._common import HAS_TRITON, tl, triton
 from medvl_sam2.kernels._tuning import Tile
 
 MAX_RANGES = 16
@@ -307,4 +307,4 @@ def _variants() -> tuple[Variant, ...]:
     return tuple(variants)
 
 
-AOT_VARIANTS = _variants()
+AOT_VARIANTS = _variants() if HAS_TRITON else ()

@@ -292,7 +292,7 @@ def test_bytes_and_operations_follow_the_valid_keys(monkeypatch):
         module._launch_attend(q, k, v, lengths, slot, slots, 0.2, False)
     assert traffic.dot_flops == 2 * batch * queries * valid * (width + value_width)
     partial = ranges * queries * (value_width + 1)
-    counts = tiles * 5
+    counts = tiles * (slots + 1)
     loaded = ranges * queries * width + tiles * valid * (width + value_width) + partial + counts
     assert traffic.load_bytes == 4 * loaded
     assert traffic.store_bytes == 4 * (partial + queries * (value_width + 1))
