@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that are not at hand, and read what the compiler made of them.
 
 Every kernel file lists its compile variants in a module constant ``AOT_VARIANTS``. `inspect_variant` runs Triton's own
-pipeline for a target, assembles the PTX with the bundled ``ptxas`` and disassembles it with ``cuobjdump``. The findings
+pipeline for a target, ``ptxas`` included, and reads the binary with ``cuobjdump``, both bundled with it. The findings
 are kept as a golden file that a test compares with; after a change that is meant, rewrite it with::
 
     python -m medvl_sam2.kernels._aot tests/kernels/aot_golden.json [file ...]
@@ -65,8 +65,8 @@ def inspect_variant(variant: Variant, capability: int) -> dict[str, int]:
     """Compile one variant for ``sm_<capability>`` and count what matters.
 
     Returns:
-        registers, spills (bytes stored and loaded), shared (bytes), instructions, and the numbers of HGMMA (wgmma),
-        HMMA (mma.sync), local loads and stores, and 128-bit global loads (synchronous or not).
+        registers, spills (bytes of stack, where spilled registers go), shared (bytes), instructions, and the numbers of
+        HGMMA (wgmma), HMMA (mma.sync), local loads and stores, and 128-bit global loads (synchronous or not).
     """
     if not HAS_TRITON or INTERPRETED:
         raise RuntimeError("compiling ahead of time needs triton, and not its interpreter")
@@ -84,7 +84,7 @@ def inspect_variant(variant: Variant, capability: int) -> dict[str, int]:
     source = ASTSource(variant.kernel, signature, variant.constexprs, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return {"shared": compiled.metadata.shared, **_assemble(compiled.asm["ptx"], capability)}
+    return {"shared": compiled.metadata.shared, **_read_binary(compiled.asm["cubin"])}
 
 
 def write_golden(path: Path, files: Collection[str] = ()) -> None:
@@ -113,21 +113,17 @@ def _tool(name: str) -> str:
     return str(Path(nvidia.__file__).parent / "bin" / name)
 
 
-def _assemble(ptx: str, capability: int) -> dict[str, int]:
-    arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+def _read_binary(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx)
-        command = [_tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(binary)]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        command = [_tool("cuobjdump"), "--dump-sass", str(binary)]
-        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        command = [_tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", str(binary)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
     heads = Counter(name.split(".")[0] for name in instructions)
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spills": spills,
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", text)[1]),
         "instructions": len(instructions),
         "hgmma": heads["HGMMA"],
         "hmma": heads["HMMA"],
