@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from medvl_sam2 import __version__, _options
+from medvl_sam2 import __version__, _data, _options
 
 # Verb: (help, function that adds its options, function that does the work as "module:name").
 VERBS = {
@@ -26,7 +26,9 @@ VERBS = {
     ),
     "ask": ("answer a question about a scan", _options.ask, "medvl_sam2._verbs:ask"),
     "report": ("write a report of a scan", _options.report, "medvl_sam2._verbs:report"),
+    "serve": ("serve chat, masks and reports over HTTP", _options.serve, "medvl_sam2._verbs:serve"),
     "phantom": ("make a procedural CT with its truth", _options.phantom, "medvl_sam2._verbs:phantom"),
+    "data": ("index, check, count and prepare data sets for training", _data.options, "medvl_sam2._data:run"),
     "train": ("train a model in the paper's stages", _options.train, "medvl_sam2._verbs:train"),
     "evaluate": ("measure a model on phantoms or labelled scans", _options.evaluate, "medvl_sam2._verbs:evaluate"),
     "convert": ("make a model directory from public checkpoints", _options.convert, "medvl_sam2._verbs:convert"),
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         document, text = getattr(import_module(module), name)(args)
         print(json.dumps(document, default=_plain, allow_nan=False) if args.json else text, flush=True)
-        return 0
+        return 1 if document.get("problems") else 0
     except BrokenPipeError:
         # The reader has gone; nothing is left to say, and Python must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.processing import VolumeProcessor
 from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens, with_choices
+from medvl_sam2.training.clips import PromptKind, join_clips, make_clip, prompt_kind, spatial_prompt, windowed
 from medvl_sam2.training.config import PhaseConfig, TrainConfig
 from medvl_sam2.training.facts import fact_vector, facts_text
 from medvl_sam2.training.packing import TextBatch, pack
@@ -72,11 +72,13 @@ class JointBatch:
         grid: (B, 1, D, H, W) in 0-1.
         text: Packed turns; [SEG] tokens in the order of `clips.owner`.
         clips: None in text-only batches.
+        features: (B, T, C) of the frozen image encoder, where they are kept; it need not run then.
     """
 
     grid: Tensor
     text: TextBatch
     clips: Clips | None
+    features: Tensor | None = None
 
 
 class Batches:
@@ -125,7 +127,7 @@ class Batches:
         """Clips with clicks, boxes and class prompts."""
         phase = self.config.sam2
         drawn = self._samples(step, phase, 2)
-        kind = _prompt_kind(np.random.default_rng([self.config.seed, 2, 2, step]))
+        kind = prompt_kind(np.random.default_rng([self.config.seed, 2, 2, step]))
         clips, classes, dense = [], [], []
         for sample, rng in drawn:
             run = _Run(sample, rng)
@@ -135,7 +137,7 @@ class Batches:
             clips.append(self._clip(run, [CLASSES[i] for i in chosen], kind, rng))
             classes += chosen
             dense.append(run.dense(self.model.sam2.mask_size))
-        return ClassBatch(_join(clips, kind), torch.tensor(classes), torch.stack(dense))
+        return ClassBatch(join_clips(clips, kind), torch.tensor(classes), torch.stack(dense))
 
     def stage(self, name: str) -> Callable[[int], JointBatch]:
         """Batches of one of the paper's stages: "stage1", "stage2" or "stage3"."""
@@ -145,7 +147,7 @@ class Batches:
 
     def _joint(self, step: int, phase: PhaseConfig, tag: int, *, segmentation: bool) -> JointBatch:
         drawn = self._samples(step, phase, tag)
-        kind = _prompt_kind(np.random.default_rng([self.config.seed, tag, 2, step]), always_semantic=True)
+        kind = prompt_kind(np.random.default_rng([self.config.seed, tag, 2, step]), always_semantic=True)
         turns, clips = [], []
         for sample, rng in drawn:
             turns.append(self._text_turns(sample.facts, phase, rng))
@@ -154,7 +156,7 @@ class Batches:
                 turns[-1] += [(request.text, request.answer) for request in requests]
                 targets = [target for request in requests for target in request.targets]
                 clips.append(self._clip(_Run(sample, rng, targets), targets, kind, rng))
-        return JointBatch(self._grids(drawn), pack(self.chat, turns), _join(clips, kind) if segmentation else None)
+        return JointBatch(self._grids(drawn), pack(self.chat, turns), join_clips(clips, kind) if segmentation else None)
 
     def _text_turns(self, facts: dict[str, Any], phase: PhaseConfig, rng: np.random.Generator) -> list[tuple[str, str]]:
         turns = []
@@ -174,7 +176,12 @@ class Batches:
 
     def _grids(self, drawn: list[tuple[Sample, np.random.Generator]]) -> Tensor:
         grids = torch.stack([_scanner(sample.grid, rng) for sample, rng in drawn])
-        return _windowed(grids, self.model.volume.window)[:, None]
+        return windowed(grids, self.model.volume.window)[:, None]
+
+    def _clip(self, run: "_Run", targets: list[Target], kind: PromptKind, rng: np.random.Generator) -> Clips:
+        masks = [run.mask(target) for target in targets]
+        prompts = [spatial_prompt(mask[0], kind.points, rng) for mask in masks]
+        return make_clip(_scanner(run.hu, rng), masks, prompts, kind, self.processor, self.model)
 
     def _patch_shares(self, sample: Sample) -> Tensor:
         (d, h, w), (p, q, r) = self.model.volume.size, self.model.volume.patch
@@ -189,55 +196,6 @@ class Batches:
         structures = count(sample.grid_structures, len(STRUCTURES)) / (p * q * r)
         findings = np.minimum(count(sample.grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
         return torch.from_numpy(np.concatenate([structures, findings], 1)).float()
-
-    def _clip(self, run: "_Run", targets: list[Target], kind: "_Kind", rng: np.random.Generator) -> Clips:
-        masks = [run.mask(target) for target in targets]
-        size = self.model.sam2.mask_size
-        shares = [F.adaptive_avg_pool2d(torch.from_numpy(mask).float(), size) for mask in masks]
-        spatial = [_spatial_prompt(mask[0], kind.points, rng) for mask in masks]
-        side = self.model.sam2.image_size
-        hu = _scanner(run.hu, rng)
-        channels = torch.stack([_windowed(hu, window) for window in self.model.volume.slice_windows], 1)
-        empty = torch.zeros(0, len(run.hu), size, size)
-        return Clips(
-            images=self.processor.normalise(channels.view(-1, 3, side, side)),
-            owner=torch.zeros(len(targets), dtype=torch.long),
-            targets=torch.stack(shares) if shares else empty,
-            points=torch.tensor(np.array([p for p, _ in spatial]), dtype=torch.float32).view(
-                len(targets), kind.points, 2
-            ),
-            point_labels=torch.tensor(np.array([n for _, n in spatial]), dtype=torch.int32).view(
-                len(targets), kind.points
-            ),
-            semantic=kind.semantic,
-            memory=kind.memory,
-        )
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Prompts of one step, the same for all its objects: points per object (0, 1 click, 2 box corners)."""
-
-    semantic: bool
-    points: int
-    memory: bool = True
-
-
-# Share of each kind of step.
-_KINDS = (
-    (_Kind(True, 0, memory=False), 0.3),
-    (_Kind(True, 0), 0.2),
-    (_Kind(True, 1), 0.13),
-    (_Kind(True, 2), 0.13),
-    (_Kind(False, 1), 0.12),
-    (_Kind(False, 2), 0.12),
-)
-
-
-def _prompt_kind(rng: np.random.Generator, *, always_semantic: bool = False) -> _Kind:
-    kinds = [(kind, share) for kind, share in _KINDS if kind.semantic or not always_semantic]
-    shares = np.array([share for _, share in kinds])
-    return kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))][0]
 
 
 class _Run:
@@ -293,42 +251,8 @@ def _choose(
     return chosen
 
 
-def _spatial_prompt(mask: np.ndarray, points: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A click (1 point) or a loose box (2 corners) on one slice; labels -1 where the object is not on it."""
-    if not points or not mask.any():
-        return np.zeros((points, 2)), np.full(points, -1)
-    rows, columns = np.nonzero(mask)
-    if points == 1:
-        # Users click well inside: the deepest of a few random pixels.
-        tries = rng.integers(len(rows), size=8)
-        centre = np.array([columns.mean(), rows.mean()])
-        spots = np.stack([columns[tries], rows[tries]], 1)
-        near = np.abs(spots - centre).sum(1).argmin() if rng.random() < 0.7 else 0
-        return spots[near : near + 1] + 0.5, np.array([1])
-    low = np.array([columns.min(), rows.min()], float)
-    high = np.array([columns.max(), rows.max()], float) + 1
-    noise = rng.normal(0, 0.04, (2, 2)) * (high - low) + rng.normal(0, 0.7, (2, 2))
-    return np.stack([low + noise[0], high + noise[1]]), np.array([2, 3])
-
-
 def _scanner(hu: np.ndarray, rng: np.random.Generator) -> Tensor:
     """HU with the differences between scanners: offset, gain and noise."""
     values = torch.from_numpy(hu.astype(np.float32))
     noise = torch.from_numpy(rng.standard_normal(values.shape, dtype=np.float32))
     return values * float(rng.normal(1, 0.02)) + float(rng.normal(0, 8)) + noise * float(rng.uniform(0, 12))
-
-
-def _windowed(hu: Tensor, window: tuple[float, float]) -> Tensor:
-    return ((hu - window[0]) / (window[1] - window[0])).clamp(0, 1)
-
-
-def _join(clips: list[Clips], kind: _Kind) -> Clips:
-    return Clips(
-        images=torch.stack([clip.images for clip in clips]),
-        owner=torch.cat([clip.owner + i for i, clip in enumerate(clips)]),
-        targets=torch.cat([clip.targets for clip in clips]),
-        points=torch.cat([clip.points for clip in clips]),
-        point_labels=torch.cat([clip.point_labels for clip in clips]),
-        semantic=kind.semantic,
-        memory=kind.memory,
-    )

@@ -13,17 +13,25 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 
 @dataclass
 class DataConfig:
-    """Phantoms that a run learns from.
+    """What a run learns from: phantoms, or the real scans of a manifest.
 
     Attributes:
+        source: Manifest of real scans (`medvl-sam2 data index`) for the paper's stages; phantoms when empty.
+        split: Of the manifest.
+        augment: Random views of real scans.
+        features: Keep the frozen image encoder's features for stage 1, whose real scans are then seen unchanged.
         first_seed: Seeds first_seed ... first_seed + phantoms - 1, below the evaluation seeds.
         phantoms: How many.
         runs: Runs of consecutive slices kept per phantom.
         run_length: Slices in a run.
-        cache: Folder of rendered phantoms; `<out>/phantoms` when empty.
+        cache: Folder of rendered phantoms, `<out>/phantoms` when empty; or of prepared scans, `<out>/scans`.
         workers: Processes that render the cache.
     """
 
+    source: str = ""
+    split: str = "train"
+    augment: bool = True
+    features: bool = False
     first_seed: int = 0
     phantoms: int = 3000
     runs: int = 3

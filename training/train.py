@@ -87,7 +87,7 @@ def _joint_losses(model: MedVLSAM2, config: TrainConfig) -> Callable[[JointBatch
         text = batch.text
         output = model(
             text.input_ids,
-            model.visual_tokens(batch.grid),
+            model.visual_tokens(batch.grid) if batch.features is None else model.projector(batch.features),
             attention_mask=text.attention_mask,
             position_ids=text.position_ids,
             labels=text.labels,
