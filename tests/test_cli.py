@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -347,16 +348,19 @@ def test_train_config_mistakes(run, tmp_path):
 def test_convert_refuses_code_and_leaves_nothing(run, small_model, tmp_path):
     class Bomb:
         def __reduce__(self):
-            return os.system, ("true",)
+            return Path.touch, (tmp_path / "exploded",)
 
-    vit, sam2, out = tmp_path / "pretrained_ViT.bin", tmp_path / "sam2.1_hiera_tiny.pt", tmp_path / "model"
-    sam2.write_bytes(pickle.dumps({"model": Bomb()}))
-    vit.write_bytes(b"")
-    arguments = ("--llm", small_model / "language", "--sam2", sam2, "--vit", vit, "-o", out)
-    assert_input_error(run("convert", *arguments))
+    llm, vit, sam2 = tmp_path / "llm", tmp_path / "pretrained_ViT.bin", tmp_path / "sam2.1_hiera_tiny.pt"
+    out = tmp_path / "model"
+    shutil.copytree(small_model / "language", llm)
+    for file in small_model.glob("tokenizer*"):
+        shutil.copy(file, llm)
+    sam2.write_bytes(pickle.dumps({"model": Bomb()}, protocol=2))
+    arguments = ("--llm", llm, "--sam2", sam2, "--vit", vit, "-o", out)
+    assert_input_error(run("convert", *arguments), sam2.name, "code")
     assert_input_error(run("convert", *arguments[2:], "--llm", tmp_path / "none"), "none")
-    assert not out.exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not (tmp_path / "exploded").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llm", sam2.name]
     out.mkdir()
     (out / "kept").touch()
     assert_input_error(run("convert", *arguments), "model")
