@@ -24,6 +24,7 @@ DEFLATE_LIMIT = 1032
 """Deflate cannot expand by more than this factor, so a header that promises more is false."""
 
 _LONGEST_HEADER = 1 << 20
+_MOST_SURPLUS = 64 << 20
 _ZLIB_OR_GZIP = 47
 _UNPLACED = "the header gives no patient orientation (no {}): left and right are a guess"
 _UNREADABLE = (
@@ -211,8 +212,11 @@ def _inflate(path: Path, proxy: Any) -> np.ndarray:
             if not count:
                 raise EOFError(f"{len(target) - filled} bytes missing")
             filled += count
-        while stream.read(1 << 20):
-            pass
+        surplus = 0
+        while block := stream.read(1 << 20):
+            surplus += len(block)
+            if surplus > _MOST_SURPLUS:
+                raise ValueError("goes on long after the last voxel")
     return voxels
 
 

@@ -57,6 +57,12 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+def disk_full(cause: Exception) -> ApiError:
+    """The answer when a file of the server's own cannot be written; the cause is logged."""
+    logger.error("the disk takes no more: %s", cause)
+    return ApiError(507, "disk_full", "the server could not store the file; come again later")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """The answer to an exception; what is not the user's doing is logged, and not shown."""
     if isinstance(error, ApiError):

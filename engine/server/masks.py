@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from medvl_sam2.engine.geometry import Space, Volume
+from medvl_sam2.engine.geometry import InputError, Space, Volume
 from medvl_sam2.engine.masks import write_mask
 from medvl_sam2.engine.segmentation import Segmentation
+from medvl_sam2.engine.server.errors import disk_full
 from medvl_sam2.engine.server.schemas import Mask, Rle
 
 
@@ -51,12 +52,19 @@ class StoredMask:
         return cls(identity, found.name, target, points, box, space, run_lengths(found.mask.ravel()), found.absent)
 
     def nifti(self, volume: Volume) -> bytes:
-        """The mask as a .nii.gz on the grid of the scan's own file."""
+        """The mask as a .nii.gz on the grid of the scan's own file.
+
+        Raises:
+            ApiError: 507 when the disk is full.
+        """
         bits = np.arange(len(self.counts), dtype=np.uint8) & 1
         mask = np.repeat(bits, self.counts).reshape(volume.shape)
         with tempfile.TemporaryDirectory(prefix="medvl_sam2_") as folder:
             path = Path(folder) / "mask.nii.gz"
-            write_mask(path, mask, volume, {1: self.name})
+            try:
+                write_mask(path, mask, volume, {1: self.name})
+            except InputError as error:
+                raise disk_full(error) from error
             return path.read_bytes()
 
 

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.files import make_folder, write_text
 from medvl_sam2.engine.geometry import InputError
-from medvl_sam2.engine.server.errors import ApiError
+from medvl_sam2.engine.server.errors import ApiError, disk_full
 from medvl_sam2.engine.server.masks import StoredMask
 from medvl_sam2.engine.server.queue import Cancelled
 from medvl_sam2.engine.server.schemas import VolumeInfo
@@ -130,8 +130,7 @@ class VolumeStore:
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno is not None:
-                logger.error("an upload could not be written: %s", error)
-                raise ApiError(507, "disk_full", "the server could not store the file; come again later") from error
+                raise disk_full(error) from error
             raise
 
     async def _write(self, path: Path, chunks: AsyncIterator[bytes]) -> int:
@@ -168,7 +167,10 @@ class VolumeStore:
             if scan.voxels.size > self._settings.max_voxels:
                 raise ApiError(413, "too_large", f"file: expected at most {self._settings.max_voxels} voxels")
             record = {"owner": volume.owner, "name": volume.name, "file": volume.path.name, "about": volume.about}
-            write_text(volume.path.parent / _RECORD, json.dumps(record))
+            try:
+                write_text(volume.path.parent / _RECORD, json.dumps(record))
+            except InputError as error:
+                raise disk_full(error) from error
             with self._lock:
                 if cancel.is_set():
                     raise Cancelled
