@@ -25,7 +25,7 @@ class DataConfig:
         runs: Runs of consecutive slices kept per phantom.
         run_length: Slices in a run.
         cache: Folder of rendered phantoms, `<out>/phantoms` when empty; or of prepared scans, `<out>/scans`.
-        workers: Processes that render the cache.
+        workers: Processes that render the phantoms, or that prepare and load real scans.
     """
 
     source: str = ""
@@ -87,7 +87,7 @@ class TrainConfig:
     """A whole run.
 
     Attributes:
-        preset: Model preset to build.
+        preset: Model preset to build; for real scans the preset or directory whose weights are trained on.
         seed: Of initial weights, batches and texts.
         precision: "fp32" or "bf16" (autocast).
         threads: Torch threads; 0 keeps torch's choice.

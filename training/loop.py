@@ -87,7 +87,7 @@ def run_phase(
         module.train()
     autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
     with _Log(out, name, start) as log, tqdm(total=phase.steps, initial=start, desc=name, disable=None) as bar:
-        for step, batch in zip(range(start, phase.steps), _batches(make_batch, start, phase.steps)):
+        for step, batch in zip(range(start, phase.steps), _batches(make_batch, start, phase.steps, _workers(config))):
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * learning_rate(phase, step)
             # Dropout and sampled losses draw from torch's generator: seeded by step, a resumed run draws the same.
@@ -118,13 +118,18 @@ def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[di
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _batches(make_batch: Callable[[int], Any], start: int, steps: int) -> Iterator[Any]:
-    # Batches come from memory-mapped phantoms and are small, so one worker that runs ahead is enough.
+def _workers(config: TrainConfig) -> int:
+    # Phantoms are memory-mapped and small, so one worker that runs ahead is enough.
+    return max(1, config.data.workers) if config.data.source else 1
+
+
+def _batches(make_batch: Callable[[int], Any], start: int, steps: int, workers: int) -> Iterator[Any]:
+    # Batches come in the order of their steps however many workers make them.
     loader = DataLoader(
         Indexed(make_batch, steps),
         batch_size=None,
         sampler=range(start, steps),
-        num_workers=1,
+        num_workers=workers,
         prefetch_factor=4,
         multiprocessing_context="fork",
     )

@@ -11,6 +11,8 @@ from medvl_sam2.model.presets import preset
 from medvl_sam2.training.batches import Batches, JointBatch
 from medvl_sam2.training.config import TrainConfig, load_config
 from medvl_sam2.training.corpus import text_corpus, train_tokenizer
+from medvl_sam2.training.datasets.batches import ManifestBatches
+from medvl_sam2.training.datasets.build import build_real
 from medvl_sam2.training.loop import Losses, run_phase
 from medvl_sam2.training.pretrain import pretrain_language, pretrain_sam2, pretrain_vision
 from medvl_sam2.training.segmentation import clip_losses
@@ -19,7 +21,8 @@ from medvl_sam2.training.store import PhantomStore
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("language", "vision", "sam2", "stage1", "stage2", "stage3")
+STAGES = ("stage1", "stage2", "stage3")
+PHASES = ("language", "vision", "sam2", *STAGES)
 # Texts that the tokenizer is made from.
 _TOKENIZER_PHANTOMS = 3000
 
@@ -44,15 +47,21 @@ def run(config: str | TrainConfig, out: str | Path, overrides: list[str] | tuple
     if config.threads:
         torch.set_num_threads(config.threads)
     model, batches = build(config, out)
-    for phase in PHASES:
+    for phase in STAGES if config.data.source else PHASES:
         run_one(phase, model, batches, config, out)
     model.save_pretrained(out / "model")
     return out / "model"
 
 
-def build(config: TrainConfig, out: Path) -> tuple[MedVLSAM2, Batches]:
-    """Fresh model with its tokenizer, and the batches of a run; renders the phantoms if needed."""
+def build(config: TrainConfig, out: Path) -> tuple[MedVLSAM2, Batches | ManifestBatches]:
+    """Model with its tokenizer, and the batches of a run.
+
+    A run on phantoms begins with a fresh model, and renders them if needed; one on real scans with the weights that
+    `preset` names.
+    """
     torch.manual_seed(config.seed)
+    if config.data.source:
+        return build_real(config, out)
     settings = preset(config.preset)
     store = PhantomStore(Path(config.data.cache or out / "phantoms"), settings, config.data)
     store.prepare()
@@ -62,7 +71,7 @@ def build(config: TrainConfig, out: Path) -> tuple[MedVLSAM2, Batches]:
     return model, Batches(store, settings, model.chat, config)
 
 
-def run_one(phase: str, model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
+def run_one(phase: str, model: MedVLSAM2, batches: Batches | ManifestBatches, config: TrainConfig, out: Path) -> None:
     """Run one phase, or load it where its checkpoint is complete.
 
     Raises:

@@ -80,9 +80,11 @@ class ManifestBatches:
 
     def stage(self, name: str) -> Callable[[int], JointBatch]:
         """Batches of one of the paper's stages: "stage1", "stage2" or "stage3"."""
-        # Found out here, before the workers fork.
-        self.usable(name)
-        return partial(self._batch, name, getattr(self.config, name))
+        phase: PhaseConfig = getattr(self.config, name)
+        if phase.steps:
+            # Found out here, before the workers fork.
+            self.usable(name)
+        return partial(self._batch, name, phase)
 
     def _batch(self, stage: str, phase: PhaseConfig, step: int) -> JointBatch:
         kind = prompt_kind(np.random.default_rng([self.config.seed, _TAGS[stage], 2, step]), always_semantic=True)
