@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from medvl_sam2.kernels.linear import product
+
 # Scores of one query chunk: they must stay in the cache between the two matrix products.
 CHUNK_BYTES = 4 << 20
 
@@ -80,8 +82,9 @@ def attend_in_chunks(
             if need_lse:
                 lse[batch] = -math.inf
             continue
+        values = values.mT.contiguous()
         for rows in _row_chunks(q.shape[1], keys.shape[0], q.element_size()):
-            scores = queries[rows] @ keys.mT
+            scores = product(queries[rows], keys)
             if hidden is not None:
                 scores.masked_fill_(hidden, -math.inf)
             if need_lse:
@@ -89,7 +92,7 @@ def attend_in_chunks(
             weights = scores.softmax(-1)
             if hidden is not None:
                 weights = weights.nan_to_num(0.0)
-            out[batch, rows] = weights @ values
+            out[batch, rows] = product(weights, values)
     return out, lse
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.linear import Linear
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.layers import MLP
 
@@ -38,8 +40,8 @@ class MultiScaleAttention(nn.Module):
     def __init__(self, dim: int, dim_out: int, num_heads: int, pool: bool) -> None:
         super().__init__()
         self.num_heads, self.pool = num_heads, pool
-        self.qkv = nn.Linear(dim, dim_out * 3)
-        self.proj = nn.Linear(dim_out, dim_out)
+        self.qkv = Linear(dim, dim_out * 3)
+        self.proj = Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map windows (N, H, W, dim) to (N, H', W', dim_out)."""
@@ -49,7 +51,7 @@ class MultiScaleAttention(nn.Module):
             q = pool2x2(q)
             h, w = h // 2, w // 2
         q, k, v = (t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(n, h, w, -1))
 
 
@@ -64,7 +66,7 @@ class MultiScaleBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
         self.mlp = MLP(dim_out, 4 * dim_out, dim_out, num_layers=2, gelu=True)
         if dim != dim_out:
-            self.proj = nn.Linear(dim, dim_out)
+            self.proj = Linear(dim, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, dim) to (B, H', W', dim_out)."""

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.linear import Linear
+
 
 class MLP(nn.Module):
     """Linear layers with an activation between them; the keys are ``layers.N``.
@@ -19,13 +22,13 @@ class MLP(nn.Module):
     def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, num_layers: int, gelu: bool = False) -> None:
         super().__init__()
         widths = [dim_in, *[dim_hidden] * (num_layers - 1), dim_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
-        self.activation = F.gelu if gelu else F.relu
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.activation = "gelu" if gelu else "relu"
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., dim_in) to (..., dim_out)."""
         for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
+            x = layer(x, self.activation)
         return self.layers[-1](x)
 
 
@@ -47,7 +50,7 @@ class LayerNorm2d(nn.Module):
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     """Softmax attention over (B, N, C) tensors whose channels are ``num_heads`` heads side by side."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    out = attention(q, k, v, dropout=dropout)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -65,10 +68,10 @@ class Attention(nn.Module):
         super().__init__()
         inner, kv_dim = dim // downsample, kv_dim or dim
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, inner)
-        self.k_proj = nn.Linear(kv_dim, inner)
-        self.v_proj = nn.Linear(kv_dim, inner)
-        self.out_proj = nn.Linear(inner, dim)
+        self.q_proj = Linear(dim, inner)
+        self.k_proj = Linear(kv_dim, inner)
+        self.v_proj = Linear(kv_dim, inner)
+        self.out_proj = Linear(inner, dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from q (B, N, dim) to k, v (B, M, kv_dim)."""

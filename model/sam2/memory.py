@@ -1,9 +1,9 @@
 """SAM2's memory: the encoder that turns a predicted mask into memory tokens, and the attention that reads them."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.linear import Linear
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.layers import LayerNorm2d, apply_rope, multi_head_attention, rope_tables, sine_position
 
@@ -34,14 +34,14 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = LayerNorm2d(dim)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.pwconv1 = Linear(dim, 4 * dim)
+        self.pwconv2 = Linear(4 * dim, dim)
         self.gamma = nn.Parameter(scale * torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to the same shape."""
         y = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
-        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
+        y = self.gamma * self.pwconv2(self.pwconv1(y, "gelu"))
         return x + y.permute(0, 3, 1, 2)
 
 
@@ -79,7 +79,11 @@ class MemoryEncoder(nn.Module):
         Returns:
             Tokens (B, h*w, mem_dim), row by row.
         """
-        x = self.fuser(self.pix_feat_proj(vision) + self.mask_downsampler(masks))
+        return self.fuse(self.pix_feat_proj(vision), masks)
+
+    def fuse(self, projected: Tensor, masks: Tensor) -> Tensor:
+        """The part that depends on the masks: as :meth:`forward` on features that went through ``pix_feat_proj``."""
+        x = self.fuser(projected + self.mask_downsampler(masks))
         return self.out_proj(x).flatten(2).transpose(1, 2)
 
 
@@ -88,10 +92,10 @@ class RoPEAttention(nn.Module):
 
     def __init__(self, dim: int, kv_dim: int, dropout: float) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(kv_dim, dim)
-        self.v_proj = nn.Linear(kv_dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(kv_dim, dim)
+        self.v_proj = Linear(kv_dim, dim)
+        self.out_proj = Linear(dim, dim)
         self.dropout = dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_unplaced: int = 0) -> Tensor:
@@ -117,8 +121,8 @@ class MemoryAttentionLayer(nn.Module):
         dim, dropout = config.d_model, config.memory_dropout
         self.self_attn = RoPEAttention(dim, dim, dropout)
         self.cross_attn_image = RoPEAttention(dim, config.mem_dim, dropout)
-        self.linear1 = nn.Linear(dim, config.memory_ffn)
-        self.linear2 = nn.Linear(config.memory_ffn, dim)
+        self.linear1 = Linear(dim, config.memory_ffn)
+        self.linear2 = Linear(config.memory_ffn, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
@@ -136,7 +140,7 @@ class MemoryAttentionLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Residual MLP."""
-        y = self.linear2(self.dropout(F.relu(self.linear1(self.norm3(x)))))
+        y = self.linear2(self.dropout(self.linear1(self.norm3(x), "relu")))
         return x + self.dropout(y)
 
 

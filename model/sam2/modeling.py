@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.linear import Linear
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.fpn import ImageEncoder
 from medvl_sam2.model.sam2.layers import MLP, pointer_position, sine_position
@@ -55,7 +56,7 @@ class SAM2(nn.Module):
         self.obj_ptr_proj = MLP(dim, dim, dim, 3)
         if config.is_v21:
             self.no_obj_embed_spatial = nn.Parameter(torch.zeros(1, mem))
-            self.obj_ptr_tpos_proj = nn.Linear(dim, mem)
+            self.obj_ptr_tpos_proj = Linear(dim, mem)
             nn.init.trunc_normal_(self.no_obj_embed_spatial, std=0.02)
         for parameter in (self.maskmem_tpos_enc, self.no_mem_embed, self.no_mem_pos_enc, self.no_obj_ptr):
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -130,15 +131,20 @@ class SAM2(nn.Module):
                 vision = vision + self.no_mem_embed[0, :, :, None, None]
             else:
                 vision = self._read_memory(vision, memory.select(slice_index, self.config, reverse, self.training))
-            if multimask is None:
-                low, high = self.config.multimask_points
-                multimask = self.config.multimask_output and low <= prompts.num_points <= high
+            multimask = self.wants_multimask(prompts, multimask)
             gate = not self.training if gate_by_object_score is None else gate_by_object_score
             out = self._decode(vision, features.high_res, prompts, batch, multimask, gate)
         if not encode_memory:
             return out
         tokens = self.encode_memory(features.vision, out.low_res_logits, out.object_score, prompts.is_from_user)
         return StepOutput(**{**vars(out), "memory": MemoryEntry(tokens, out.object_pointer)})
+
+    def wants_multimask(self, prompts: Prompts, multimask: bool | None = None) -> bool:
+        """Whether to choose among three masks; None decides by the number of points as the configuration says."""
+        low, high = self.config.multimask_points
+        if multimask is None:
+            return self.config.multimask_output and low <= prompts.num_points <= high
+        return multimask
 
     def predict_slices(
         self,
@@ -179,7 +185,12 @@ class SAM2(nn.Module):
         return torch.cat(logits), torch.cat(scores)
 
     def encode_memory(
-        self, vision: Tensor, low_res_logits: Tensor, object_score: Tensor, is_from_user: bool = False
+        self,
+        vision: Tensor,
+        low_res_logits: Tensor,
+        object_score: Tensor,
+        is_from_user: bool = False,
+        is_projected: bool = False,
     ) -> Tensor:
         """Turn masks into memory tokens.
 
@@ -188,6 +199,7 @@ class SAM2(nn.Module):
             low_res_logits: Masks (B, 1, m, m).
             object_score: (B, 1); where it is not positive the no-object embedding is added.
             is_from_user: Whether a user's input made these masks, see ``config.binarize_prompted``.
+            is_projected: ``vision`` went through the memory encoder's ``pix_feat_proj`` before.
 
         Returns:
             (B, h*w, mem_dim).
@@ -196,7 +208,8 @@ class SAM2(nn.Module):
         hard = is_from_user and self.config.binarize_prompted and not self.training
         masks = (masks > 0).float() if hard else masks.sigmoid()
         masks = masks * self.config.memory_sigmoid_scale + self.config.memory_sigmoid_bias
-        tokens = self.memory_encoder(vision, masks.to(self.no_mem_embed.dtype))
+        encode = self.memory_encoder.fuse if is_projected else self.memory_encoder
+        tokens = encode(vision, masks.to(self.no_mem_embed.dtype))
         if self.config.is_v21:
             absent = (object_score <= 0).to(tokens.dtype).unsqueeze(-1)
             tokens = tokens + absent * self.no_obj_embed_spatial
@@ -254,10 +267,32 @@ class SAM2(nn.Module):
         gate: bool,
     ) -> StepOutput:
         sparse, dense = self.sam_prompt_encoder(prompts, batch)
-        image = (vision + dense).expand(batch, -1, -1, -1)
+        position = self.sam_prompt_encoder.grid_position()
+        return self.decode(vision + dense, high_res, sparse, position, multimask=multimask, gate=gate)
+
+    def decode(
+        self,
+        image: Tensor,
+        high_res: tuple[Tensor, Tensor],
+        sparse: Tensor,
+        position: Tensor,
+        *,
+        multimask: bool,
+        gate: bool,
+    ) -> StepOutput:
+        """Masks from conditioned features and encoded prompts.
+
+        Args:
+            image: Features with memory and dense prompt, (B or 1, d, h, w).
+            high_res: As in :class:`SliceFeatures`, of B slices or of one.
+            sparse: Prompt tokens (B, T, d).
+            position: The prompt encoder's ``grid_position``.
+            multimask: Choose among three masks.
+            gate: Make absent objects' masks NO_OBJECT.
+        """
+        image = image.expand(len(sparse), -1, -1, -1)
         dtype = self.no_mem_embed.dtype
-        position = self.sam_prompt_encoder.grid_position().to(dtype)
-        out: DecoderOutput = self.sam_mask_decoder(image, position, sparse.to(dtype), high_res)
+        out: DecoderOutput = self.sam_mask_decoder(image, position.to(dtype), sparse.to(dtype), high_res)
         fall_back = self.config.dynamic_multimask and not self.training
         logits, iou, token = self.sam_mask_decoder.choose(out, multimask, fall_back)
         present = out.object_score > 0
