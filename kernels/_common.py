@@ -160,7 +160,7 @@ def device_guard(tensor: torch.Tensor) -> Any:
 def match_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Cast floating tensors as autocast does for a matrix product; give them back unchanged outside of autocast."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)

@@ -1,11 +1,12 @@
-"""Dense attention for the ViT and the decoders: flash-attn, xformers and PyTorch's SDPA behind one function.
+"""Dense attention for the ViT, SAM2 and the decoders: flash-attn, xformers and PyTorch's SDPA behind one function.
 
     out = softmax(scale * q k^T) v          q (B, H, N, D), k (B, H, M, D), v (B, H, M, Dv) -> (B, H, N, Dv)
 
 Dense attention at head dims 64-128 is where the libraries are at their best, so there is no kernel of our own here:
 one choice, one place to make it, and one place to ask what was chosen (`attention_status`). The choice comes from, in
 this order, the `backend` argument, the `use_attention_backend` context manager, the variable `MEDVL_SAM2_ATTENTION`,
-and `auto` (on CUDA the first of flash, xformers, SDPA that is installed and takes the inputs; SDPA elsewhere).
+and `auto` (on CUDA the first of flash, xformers, SDPA that is installed and takes the inputs; on the CPU SDPA, except
+for small problems in bf16, which matrix products with a softmax between train several times faster; SDPA elsewhere).
 A backend that cannot take the inputs gives way to SDPA, which is told once per reason through `logging`.
 """
 
@@ -23,13 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medvl_sam2.kernels._common import match_autocast
+
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "flash", "xformers", "sdpa")
+BACKENDS = ("auto", "flash", "xformers", "sdpa", "matmul")
 ENVIRONMENT_VARIABLE = "MEDVL_SAM2_ATTENTION"
 
 # Head dims that flash-attn 4's CuTe kernels list for Hopper and Blackwell alike.
 _CUTE_HEAD_DIMS = (64, 96, 128)
+# Scores per head up to which matrix products beat SDPA on the CPU in bf16 (forward and backward, torch 2.13). Beyond,
+# the score matrix leaves the cache.
+_MATMUL_SCORES = 2**19
 
 _override: str | None = None
 _told: set[str] = set()
@@ -53,7 +59,14 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Multi-head attention through the fastest backend that takes the inputs.
 
@@ -62,7 +75,8 @@ def attention(
         scale: factor on the scores, 1/sqrt(D) by default.
         causal: hide keys with an index above the query's. Needs N == M, because the libraries align other shapes
             differently (flash-attn to the last key, SDPA and xformers to the first).
-        backend: "auto", "flash" (flash-attn 2, or flash-attn 4's CuTe interface), "xformers" or "sdpa".
+        dropout: share of the attention weights that is dropped.
+        backend: "auto", "flash" (flash-attn 2, or flash-attn 4's CuTe interface), "xformers", "sdpa" or "matmul".
 
     Returns:
         (B, H, N, Dv) in the dtype of `v`.
@@ -70,16 +84,20 @@ def attention(
     Raises:
         ValueError: a shape, dtype or device that disagrees between the inputs, or an unknown backend name.
     """
+    q, k, v = match_autocast(q, k, v)
     _check_inputs(q, k, v, causal)
     wanted = requested_backend(backend)
-    chosen = _choose(wanted, q, k, v)
+    # flash-attn 4's interface has no dropout.
+    chosen = _choose("sdpa" if dropout and wanted in ("auto", "flash") and q.is_cuda else wanted, q, k, v)
     if not torch.compiler.is_compiling():
         _uses[chosen] = _uses.get(chosen, 0) + 1
     if chosen == "flash":
         return _run_flash(q, k, v, scale, causal)
     if chosen == "xformers":
-        return _run_xformers(q, k, v, scale, causal)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        return _run_xformers(q, k, v, scale, causal, dropout)
+    if chosen == "matmul":
+        return _run_matmul(q, k, v, scale, causal, dropout)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, dropout_p=dropout)
 
 
 def requested_backend(backend: str = "auto") -> str:
@@ -161,7 +179,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 
 def _candidates(wanted: str, device_type: str) -> tuple[str, ...]:
     if wanted == "auto":
-        return ("flash", "xformers", "sdpa") if device_type == "cuda" else ("sdpa",)
+        return ("flash", "xformers", "sdpa") if device_type == "cuda" else ("matmul", "sdpa")
     return ("sdpa",) if wanted == "sdpa" else (wanted, "sdpa")
 
 
@@ -170,8 +188,8 @@ def _choose(wanted: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         reason = _unsupported(name, q.device.type, q, k, v)
         if reason is None:
             return name
-        # Under `auto` a package that is not there is the normal case, not news.
-        if wanted != "auto" or reason != "not installed":
+        # Under `auto` a package that is not there is the normal case, not news; nor are inputs that SDPA does better.
+        if wanted != "auto" or (reason != "not installed" and name != "matmul"):
             _tell_once(f"attention: {name} gives way ({reason})")
     raise AssertionError("SDPA takes every input")
 
@@ -180,6 +198,11 @@ def _unsupported(name: str, device_type: str, q: Tensor, k: Tensor, v: Tensor) -
     """Why a backend cannot take these inputs, or None if it can; the package's own documented limits."""
     if name == "sdpa":
         return None
+    if name == "matmul":
+        if device_type != "cpu" or q.dtype != torch.bfloat16:
+            return f"pays on the CPU in bf16 only, got {device_type} and {q.dtype}"
+        scores = q.shape[2] * k.shape[2]
+        return None if scores <= _MATMUL_SCORES else f"pays up to {_MATMUL_SCORES} scores per head, got {scores}"
     function, flavour = _load(name)
     if function is None:
         return "not installed"
@@ -240,11 +263,20 @@ def _run_flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: boo
     return out.transpose(1, 2)
 
 
-def _run_xformers(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool) -> Tensor:
+def _run_matmul(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout: float) -> Tensor:
+    scores = torch.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(-2, -1))
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(-1)
+    return torch.matmul(F.dropout(weights, dropout) if dropout else weights, v)
+
+
+def _run_xformers(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout: float) -> Tensor:
     function, _ = _load("xformers")
     assert function is not None
     bias = importlib.import_module("xformers.ops").LowerTriangularMask() if causal else None
-    out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias, scale=scale)
+    out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias, p=dropout, scale=scale)
     return out.transpose(1, 2)
 
 

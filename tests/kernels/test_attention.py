@@ -171,10 +171,37 @@ def test_precedence_argument_context_environment(monkeypatch):
         pass
 
 
-def test_status_on_cpu_names_sdpa_and_counts_calls():
+@pytest.mark.parametrize("causal", [False, True])
+def test_small_bf16_on_the_cpu_goes_by_matrix_products(causal):
+    q, k, v = inputs(n=16, m=16, d=32, dv=32, dtype=torch.bfloat16)
+    expected = double_oracle(q, k, v, causal=causal)
+    grads = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    results = {}
+    for backend in ("auto", "sdpa"):
+        out = attention(q, k, v, causal=causal, backend=backend)
+        results[backend] = (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))
+    assert attention_status("cpu")["calls"] == {"matmul": 1, "sdpa": 1}
+    for ours, sdpa, exact in zip(results["auto"], results["sdpa"], (expected, *grads)):
+        assert (ours - exact).abs().max() <= 2 * (sdpa - exact).abs().max() + 1e-2
+    large = [x.detach()[:1, :1].repeat(1, 1, 64, 1) for x in (q, k, v)]
+    assert module._choose("auto", *large) == "sdpa"
+
+
+def test_dropped_weights_are_scaled_up():
+    q, k, v = (x.detach() for x in inputs(n=64, m=64, d=8, dv=8, dtype=torch.bfloat16))
+    for backend in ("matmul", "sdpa"):
+        torch.manual_seed(0)
+        out = torch.stack([attention(q, k, v, dropout=0.5, backend=backend) for _ in range(300)]).float()
+        assert out.std(0).mean() > 0.05
+        # The mean of 300 draws lies within five standard errors nearly everywhere.
+        error = (out.mean(0) - attention(q, k, v).float()).abs()
+        assert (error < 5 * out.std(0) / 300**0.5 + 0.01).float().mean() > 0.99
+
+
+def test_status_on_cpu_names_matrix_products_and_counts_calls():
     attention(*inputs())
     status = attention_status("cpu")
-    assert (status["used"], status["calls"]) == ("sdpa", {"sdpa": 1})
+    assert (status["used"], status["calls"]) == ("matmul", {"sdpa": 1})
     assert status["installed"]["sdpa"] == torch.__version__
 
 
