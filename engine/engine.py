@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.engine.turns import FairLock
 from medvl_sam2.engine.volumes import read_volume
+from medvl_sam2.model.export import EXPORTED, export_language
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.processing import VolumeProcessor
 
-LANGUAGE_BACKENDS = ("transformers",)
+LANGUAGE_BACKENDS = ("transformers", "vllm")
 
 
 class MedVLEngine:
@@ -36,6 +38,7 @@ class MedVLEngine:
         dtype: "auto", "float32", "bfloat16" or "float16", see `choose_precision`.
         language_backend: Runtime of the LLM, one of `LANGUAGE_BACKENDS`.
         cache_bytes: Most memory that scans and what is computed of them may hold; the least recently used are let go.
+        exported: The LLM as `medvl-sam2 convert --for vllm` writes it, for vLLM; made for this run when None.
 
     Raises:
         InputError: An unknown device, dtype or backend.
@@ -49,6 +52,7 @@ class MedVLEngine:
         dtype: str = "auto",
         language_backend: str = "transformers",
         cache_bytes: int = 2 << 30,
+        exported: Path | None = None,
     ):
         if language_backend not in LANGUAGE_BACKENDS:
             known = ", ".join(LANGUAGE_BACKENDS)
@@ -65,16 +69,14 @@ class MedVLEngine:
         self.tokenizer = model.tokenizer
         self.chat = model.chat
         self._model = model.eval().requires_grad_(False)
-        # LoRA is merged before the cast, so that the sum is rounded once.
-        self.language: LanguageBackend = TransformersBackend(model.language, self.chat, model.config.seg.convention)
+        limit = model.language.causal.config.max_position_embeddings
+        self.room = limit - len(self.chat.prefix())
+        self.language = self._language(model, language_backend, exported)
         for module in (model.vision, model.projector):
             module.to(self.device, self.precision.vision)
-        model.language.to(self.device, self.precision.language)
         for module in (model.seg_bridge, model.sam2):
             module.to(self.device, self.precision.sam2)
         self.segmenter = Segmenter(model.sam2, model.config.seg)
-        limit = model.language.causal.config.max_position_embeddings
-        self.room = limit - len(self.chat.prefix())
         self._sessions: OrderedDict[Hashable, VolumeSession] = OrderedDict()
 
     @classmethod
@@ -104,7 +106,15 @@ class MedVLEngine:
             message = " ".join(str(error).split())
             prefix = "" if str(name) in message else f"model {str(name)!r}: "
             raise InputError(f"{prefix}{message}") from error
-        return cls(model, device=device, dtype=dtype, language_backend=language_backend, cache_bytes=cache_bytes)
+        exported = Path(name) / EXPORTED
+        return cls(
+            model,
+            device=device,
+            dtype=dtype,
+            language_backend=language_backend,
+            cache_bytes=cache_bytes,
+            exported=exported if exported.is_dir() else None,
+        )
 
     def open(self, scan: str | os.PathLike | Volume | np.ndarray, *, series: str | None = None) -> VolumeSession:
         """Open a scan; one that is open already comes back with its work done.
@@ -157,6 +167,22 @@ class MedVLEngine:
         with torch.inference_mode():
             rows = hidden.reshape(-1, hidden.shape[-1]).to(self.device, self.precision.sam2)
             return self._model.seg_bridge(rows).reshape(*hidden.shape[:-1], -1)
+
+    def _language(self, model: MedVLSAM2, name: str, exported: Path | None) -> LanguageBackend:
+        """Hand the LLM to its runtime."""
+        convention = model.config.seg.convention
+        if name == "transformers":
+            # LoRA is merged before the cast, so that the sum is rounded once.
+            backend = TransformersBackend(model.language, self.chat, convention)
+            model.language.to(self.device, self.precision.language)
+            return backend
+        from medvl_sam2.engine.language.vllm_backend import VLLMBackend
+
+        with TemporaryDirectory(prefix="medvl_sam2_") as folder:
+            directory = exported or export_language(model.language, folder, merge=True)
+            # vLLM holds the weights from here on.
+            model.language = None
+            return VLLMBackend(directory, self.chat, convention, device=self.device, dtype=self.precision.language)
 
     def _trim(self, current: VolumeSession) -> None:
         sizes = {key: session.nbytes + session.volume.voxels.nbytes for key, session in self._sessions.items()}
