@@ -97,14 +97,16 @@ def write_golden(path: Path, files: Collection[str] = ()) -> None:
     import triton
 
     known = json.loads(path.read_text())["findings"] if files else {}
-    findings = {}
-    for key, variant in all_variants().items():
-        for capability in SHARED_LIMIT:
-            name = f"{key}@sm_{capability}"
+    findings: dict[str, dict[str, int]] = {}
+    variants = all_variants()
+    for key in variants:
+        for name, capability in ((f"{key}@sm_{capability}", capability) for capability in SHARED_LIMIT):
             keep = name in known and key.split("/")[0] not in files
-            findings[name] = known[name] if keep else inspect_variant(variant, capability)
-    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in findings.items())
-    path.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "findings": {{\n{lines}\n}}}}\n')
+            findings[name] = known[name] if keep else inspect_variant(variants[key], capability)
+        # Written as it grows: what a run that is cut short has found, the next one keeps.
+        later = {name: known[name] for name in known if name not in findings and name.split("@")[0] in variants}
+        lines = ",\n".join(f" {json.dumps(n)}: {json.dumps(found)}" for n, found in {**findings, **later}.items())
+        path.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "findings": {{\n{lines}\n}}}}\n')
 
 
 def _tool(name: str) -> str:
