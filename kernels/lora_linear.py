@@ -58,10 +58,23 @@ def lora_linear_reference(
 
 
 def _members(index: Tensor | None, adapters: int, rows: int) -> list[tuple[int, Tensor | slice]]:
+    """Give each adapter that occurs with its rows: a slice where they follow each other, which costs no copy."""
     if index is None:
         return [(0, slice(0, rows))]
-    found = ((adapter, (index == adapter).nonzero()[:, 0]) for adapter in range(adapters))
-    return [(adapter, members) for adapter, members in found if len(members)]
+    found: list[tuple[int, Tensor | slice]] = []
+    for adapter in range(adapters):
+        members = (index == adapter).nonzero()[:, 0]
+        if len(members):
+            first, last = int(members[0]), int(members[-1])
+            found.append((adapter, slice(first, last + 1) if last - first + 1 == len(members) else members))
+    return found
+
+
+def _add_product(y: Tensor, members: Tensor | slice, a: Tensor, b: Tensor, alpha: float) -> None:
+    if isinstance(members, slice):
+        y[members].addmm_(a, b, alpha=alpha)
+    else:
+        y.index_add_(0, members, a @ b, alpha=alpha)
 
 
 def _forward(
@@ -80,10 +93,7 @@ def _forward(
         part = x[members] @ a[adapter].mT
         low[members] = part
         for y, up, piece in zip(outputs, b, part.split(rank, 1)):
-            if index is None:
-                y.addmm_(piece, up[0].mT, alpha=scaling)
-            else:
-                y.index_add_(0, members, piece @ up[adapter].mT, alpha=scaling)
+            _add_product(y, members, piece, up[adapter].mT, scaling)
     return [low, *outputs]
 
 
@@ -107,10 +117,8 @@ def _backward(
         torch.mm(dlow.mT, x[members], out=da[adapter])
         for part, piece, out in zip(parts, low[members].split(b[0].shape[2], 1), db):
             out[adapter] = scaling * (part.mT @ piece)
-        if needs_x and index is None:
-            dx.addmm_(dlow, a[0])
-        elif needs_x:
-            dx.index_add_(0, members, dlow @ a[adapter])
+        if needs_x:
+            _add_product(dx, members, dlow, a[adapter], 1.0)
     return [dx, da, *db, *base]
 
 

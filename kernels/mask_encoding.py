@@ -53,36 +53,37 @@ def mask_encoder_front_reference(
     return x.to(weights[0].dtype)
 
 
-def _mask_values(logits: Tensor, size: list[int], scale: float, shift: float, binarize: bool) -> tuple[Tensor, Tensor]:
-    """Give the upsampled probability (or 0/1) and the scaled value fed to the first convolution, in float32."""
+def _probability(logits: Tensor, size: list[int], binarize: bool) -> Tensor:
+    """Upsample and squash into a new float32 map."""
     x = logits.float()
-    if list(x.shape[-2:]) != list(size):
-        x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-    p = (x > 0).float() if binarize else x.sigmoid()
-    return p, (p * scale).add_(shift)
+    if list(x.shape[-2:]) == list(size):
+        return (x > 0).float() if binarize else x.sigmoid()
+    x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    return (x > 0).float() if binarize else x.sigmoid_()
 
 
-def _stage(x: Tensor, conv: Tensor, bias: Tensor, norm: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """Convolve and normalise: gives the normed map before scale and offset, 1 / deviation, and the map before GELU.
+def _normed(x: Tensor, conv: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Convolve and normalise over channels; gives the normed map and 1 / deviation.
 
     The mean over channels is linear in the weights, so it is taken out of them rather than out of the map.
     """
-    conv = conv.float()
-    bias = bias.float()
-    normed = F.conv2d(x, (conv - conv.mean(0)).to(x.dtype), (bias - bias.mean()).to(x.dtype), stride=2, padding=1)
+    conv, bias = conv.float(), bias.float()
+    conv, bias = (conv - conv.mean(0)).to(x.dtype), (bias - bias.mean()).to(x.dtype)
+    if x.shape[1] == 1:
+        # A single channel lies the same way in both layouts, and channels last is four times faster on a CPU.
+        x, conv = (tensor.to(memory_format=torch.channels_last) for tensor in (x, conv))
+    normed = F.conv2d(x, conv, bias, stride=2, padding=1).contiguous()
     rstd = normed.square().mean(1, keepdim=True).add_(eps).rsqrt_()
-    normed.mul_(rstd)
-    return normed, rstd, torch.addcmul(offset[:, None, None], normed, norm[:, None, None])
+    return normed.mul_(rstd), rstd
 
 
 def _forward(
     logits: Tensor, weights: list[Tensor], size: list[int], scale: float, shift: float, binarize: bool, eps: float
 ) -> Tensor:
-    dtype = weights[0].dtype
-    _, x = _mask_values(logits, size, scale, shift, binarize)
-    x = x.to(dtype)
-    for stage in (weights[:4], weights[4:]):
-        x = F.gelu(_stage(x, *stage, eps)[2])
+    x = _probability(logits, size, binarize).mul_(scale).add_(shift).to(weights[0].dtype)
+    for conv, bias, norm, offset in (weights[:4], weights[4:]):
+        x, _ = _normed(x, conv, bias, eps)
+        x = torch.ops.aten.gelu_(x.mul_(norm[:, None, None]).add_(offset[:, None, None]))
     return x
 
 
@@ -96,12 +97,13 @@ def _backward(
     binarize: bool,
     eps: float,
 ) -> list[Tensor]:
-    dtype = weights[0].dtype
-    p, value = _mask_values(logits, size, scale, shift, binarize)
-    inputs, kept = [value.to(dtype)], []
-    for stage in (weights[:4], weights[4:]):
-        kept.append(_stage(inputs[-1], *stage, eps))
-        inputs.append(F.gelu(kept[-1][2]))
+    p = _probability(logits, size, binarize)
+    inputs, kept = [(p * scale).add_(shift).to(weights[0].dtype)], []
+    for conv, bias, norm, offset in (weights[:4], weights[4:]):
+        normed, rstd = _normed(inputs[-1], conv, bias, eps)
+        pre = (normed * norm[:, None, None]).add_(offset[:, None, None])
+        kept.append((normed, rstd, pre))
+        inputs.append(F.gelu(pre))
     found: list[Tensor] = []
     for i in (1, 0):
         conv, bias, norm, _ = weights[4 * i : 4 * i + 4]

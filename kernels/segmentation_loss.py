@@ -95,8 +95,8 @@ def _backward(
     for row, column in _blocks(n, p):
         g = _float_block(targets[row, column])
         prob = logits[row, column].float().sigmoid()
-        inner = torch.addcmul(constant[row], slope[row], g).mul_(prob - prob.square())
-        grad[row, column] = inner.addcmul_(entropy[row], prob.sub_(g))
+        inner = (g * slope[row]).add_(constant[row]).mul_(prob).mul_(1 - prob)
+        grad[row, column] = inner.add_(prob.sub_(g).mul_(entropy[row]))
     return grad
 
 
