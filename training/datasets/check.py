@@ -80,8 +80,11 @@ def check_record(record: Record, manifest: Manifest) -> Iterator[Problem]:
             if not (root / path).is_file():
                 yield Problem((root / path).as_posix(), "no such file")
         return
-    if record.hu and any("without the values of a CT" in warning or "not HU" in warning for warning in scan.warnings):
-        yield Problem((root / record.image).as_posix(), scan.warnings[-1])
+    # The file's warnings are about its own values, which the metadata may have yet to turn into HU.
+    scaled = (record.slope, record.intercept) != (1.0, 0.0)
+    for warning in scan.warnings:
+        if record.hu and not scaled and ("without the values of a CT" in warning or "not HU" in warning):
+            yield Problem((root / record.image).as_posix(), warning)
     if scan.voxels.min() == scan.voxels.max():
         yield Problem((root / record.image).as_posix(), "every voxel has the same value")
     by_path: dict[str, list[Mask]] = {}

@@ -1,10 +1,12 @@
 """Voxels and masks of a record, whatever it was published as."""
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,7 +17,7 @@ from medvl_sam2.training.datasets.base import Mask, Record
 from medvl_sam2.training.datasets.m3d_seg import mask_shape
 
 _PICTURES = (".png", ".jpg", ".jpeg")
-_BROKEN = (OSError, ValueError, EOFError, KeyError, UnidentifiedImageError)
+_BROKEN = (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error, UnidentifiedImageError)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from medvl_sam2.engine.files import make_folder, write_text
 from medvl_sam2.engine.geometry import InputError
-from medvl_sam2.training.datasets.base import SPLITS, Layout, Problem, Record
+from medvl_sam2.training.datasets.base import SPLITS, Layout, Problem, Record, folders_with
 from medvl_sam2.training.datasets.ct_rate import CT_RATE
 from medvl_sam2.training.datasets.labelled import CT_ORG, DECATHLON, FOLDER, TOTALSEGMENTATOR
 from medvl_sam2.training.datasets.m3d_seg import M3D_REFSEG, M3D_SEG
@@ -154,13 +154,9 @@ def _distinct(records: Iterable[Record], problems: list[Problem]) -> list[Record
 def _terms(roots: Iterable[str], problems: list[Problem]) -> dict[str, list[str]]:
     """M3D's term dictionary, where a root or its parent has one; repeated descriptions once."""
     terms: dict[str, list[str]] = {}
-    paths = {
-        path
-        for root in roots
-        for folder in (Path(root), Path(root).parent)
-        for path in folder.glob("term_dictionary.json")
-    }
-    for path in sorted(paths):
+    paths = {path for root in roots for path in folders_with(Path(root), "term_dictionary.json")}
+    paths |= {Path(root).parent / "term_dictionary.json" for root in roots}
+    for path in sorted(path for path in paths if path.is_file()):
         try:
             for name, texts in json.loads(path.read_text(encoding="utf-8")).items():
                 terms[name] = list(dict.fromkeys([*terms.get(name, ()), *map(str, texts)]))
