@@ -48,6 +48,8 @@ def _launch_windows(
     qkv: Tensor, padding: Tensor | None, num_heads: int, window_size: int, pool: bool, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
     b, h, w, channels = qkv.shape
+    if window_size * w * channels >= 2**31:
+        return attend_windows(qkv, padding, num_heads, window_size, pool, need_lse)
     dim, step = channels // (3 * num_heads), 2 if pool else 1
     qkv = qkv.contiguous()
     out = torch.empty((b, h // step, w // step, channels // 3), dtype=qkv.dtype, device=qkv.device)
@@ -92,6 +94,8 @@ def _launch_windows_backward(
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
     b, h, w, channels = qkv.shape
+    if window_size * w * channels >= 2**31:
+        return attend_windows_backward(grad, qkv, padding, out, lse, num_heads, window_size, pool)
     dim, step = channels // (3 * num_heads), 2 if pool else 1
     qkv, grad = qkv.contiguous(), grad.contiguous()
     dqkv = torch.empty_like(qkv)

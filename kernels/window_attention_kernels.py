@@ -2,7 +2,8 @@
 
 A program owns one window, one head and a tile of its queries (or keys) and reads tokens at their place in the map
 (B, H, W, 3 * heads * DIM). Keys of a window that hang over the map's edge are the padding vector. Head dims are seldom
-powers of two, so a tile is two column blocks, for instance 72 = 64 + 8 of 16, instead of one of 128.
+powers of two, so a tile is two column blocks, for instance 72 = 64 + 8 of 16, instead of one of 128. A window's place
+in the map is reckoned in 64 bit, a token's place behind it in 32, for which a window's rows must span less than 2**31.
 """
 
 import torch
@@ -15,12 +16,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _window_corner(window, height, width, WINDOW: tl.constexpr):
-    """Image, top row and left column of a window; all 64 bit."""
+def _window_corner(window, height, width, WINDOW: tl.constexpr, STEP: tl.constexpr):
+    """First token of a window in the map and first cell of it in the output (64 bit), and the rows and columns left."""
     across = tl.cdiv(width, WINDOW)
     per_image = across * tl.cdiv(height, WINDOW)
-    inside = window % per_image
-    return window // per_image, (inside // across) * WINDOW, (inside % across) * WINDOW
+    image, inside = window // per_image, window % per_image
+    top, left = (inside // across) * WINDOW, (inside % across) * WINDOW
+    token = (image * height + top) * width + left
+    cell = (image * (height // STEP) + top // STEP) * (width // STEP) + left // STEP
+    return token, cell, (height - top).to(tl.int32), (width - left).to(tl.int32)
 
 
 @triton.jit
@@ -62,8 +66,9 @@ def _load_queries(
         for index in tl.static_range(1, 4):
             at = rows + (index // 2) * row_stride + (index % 2) * column_stride
             other_first, other_second = _load_halves(ptr, at, mask, DIM, D1, D2)
-            first = tl.maximum(first, other_first)
-            second = tl.maximum(second, other_second)
+            # bfloat16 comes back from a maximum as fp32.
+            first = tl.maximum(first, other_first).to(ptr.dtype.element_ty)
+            second = tl.maximum(second, other_second).to(ptr.dtype.element_ty)
     return first, second
 
 
@@ -112,16 +117,17 @@ def forward_kernel(
     """Grid (windows, heads, query tiles); out (B, H', W', heads * DIM), lse (B, H', W', heads)."""
     STEP: tl.constexpr = 2 if POOL else 1
     SIDE: tl.constexpr = WINDOW // STEP
-    image, top, left = _window_corner(tl.program_id(0).to(tl.int64), height, width, WINDOW)
+    window = tl.program_id(0).to(tl.int64)
+    token, first_cell, below, beyond = _window_corner(window, height, width, WINDOW, STEP)
     head = tl.program_id(1)
     channels = heads * DIM
-    row_stride = tl.full([], 1, tl.int64) * width * 3 * channels
+    stride = 3 * channels
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y, x = top + (m // SIDE) * STEP, left + (m % SIDE) * STEP
-    present = (m < SIDE * SIDE) & (y < height) & (x < width)
-    base = qkv_ptr + head * DIM
-    rows = ((image * height + y) * width + x) * (3 * channels)
-    q1, q2 = _load_queries(base, rows, row_stride, 3 * channels, present, POOL, DIM, D1, D2)
+    my, mx = m // SIDE, m % SIDE
+    present = (m < SIDE * SIDE) & (my * STEP < below) & (mx * STEP < beyond)
+    base = qkv_ptr + token * stride + head * DIM
+    q_rows = (my * STEP * width + mx * STEP) * stride
+    q1, q2 = _load_queries(base, q_rows, width * stride, stride, present, POOL, DIM, D1, D2)
 
     upper = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -129,10 +135,9 @@ def forward_kernel(
     acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], dtype=tl.float32)
     for at in range(0, WINDOW * WINDOW, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        y, x = top + n // WINDOW, left + n % WINDOW
         real = n < WINDOW * WINDOW
-        inside = real & (y < height) & (x < width)
-        rows = ((image * height + y) * width + x) * (3 * channels)
+        inside = real & (n // WINDOW < below) & (n % WINDOW < beyond)
+        rows = (n // WINDOW * width + n % WINDOW) * stride
         pad = padding_ptr + head * DIM
         k1, k2 = _load_keys(base + channels, pad + channels, rows, inside, PADDED, DIM, D1, D2)
         s = tl.where(real[None, :], _dot_halves(q1, q2, k1, k2, D2, PRECISION), float("-inf"))
@@ -147,12 +152,11 @@ def forward_kernel(
         if D2 > 0:
             acc2 = tl.dot(p, v2, acc2 * shrink[:, None], input_precision=PRECISION)
 
-    y, x = top // STEP + m // SIDE, left // STEP + m % SIDE
-    cell = (image * (height // STEP) + y) * (width // STEP) + x
-    tl.store(lse_ptr + cell * heads + head, (upper + tl.log2(total)) / LOG2E, mask=present)
-    _store_halves(
-        out_ptr + head * DIM, cell * channels, acc1 / total[:, None], acc2 / total[:, None], present, DIM, D1, D2
-    )
+    cell = my * (width // STEP) + mx
+    lse = (upper + tl.log2(total)) / LOG2E
+    tl.store(lse_ptr + first_cell * heads + head + cell * heads, lse, mask=present)
+    acc1, acc2 = acc1 / total[:, None], acc2 / total[:, None]
+    _store_halves(out_ptr + first_cell * channels + head * DIM, cell * channels, acc1, acc2, present, DIM, D1, D2)
 
 
 @triton.jit
@@ -180,30 +184,29 @@ def query_gradient_kernel(
     """Grid as `forward_kernel`; a pooled query passes its gradient to the first of its tokens that has the maximum."""
     STEP: tl.constexpr = 2 if POOL else 1
     SIDE: tl.constexpr = WINDOW // STEP
-    image, top, left = _window_corner(tl.program_id(0).to(tl.int64), height, width, WINDOW)
+    window = tl.program_id(0).to(tl.int64)
+    token, first_cell, below, beyond = _window_corner(window, height, width, WINDOW, STEP)
     head = tl.program_id(1)
     channels = heads * DIM
-    row_stride = tl.full([], 1, tl.int64) * width * 3 * channels
+    stride = 3 * channels
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    y, x = top + (m // SIDE) * STEP, left + (m % SIDE) * STEP
-    present = (m < SIDE * SIDE) & (y < height) & (x < width)
-    base = qkv_ptr + head * DIM
-    q_rows = ((image * height + y) * width + x) * (3 * channels)
-    q1, q2 = _load_queries(base, q_rows, row_stride, 3 * channels, present, POOL, DIM, D1, D2)
-    y, x = top // STEP + m // SIDE, left // STEP + m % SIDE
-    cell = (image * (height // STEP) + y) * (width // STEP) + x
-    g1, g2 = _load_halves(grad_ptr + head * DIM, cell * channels, present, DIM, D1, D2)
-    lse = tl.load(lse_ptr + cell * heads + head, mask=present, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + cell * heads + head, mask=present, other=0.0)
+    my, mx = m // SIDE, m % SIDE
+    present = (m < SIDE * SIDE) & (my * STEP < below) & (mx * STEP < beyond)
+    base = qkv_ptr + token * stride + head * DIM
+    q_rows = (my * STEP * width + mx * STEP) * stride
+    q1, q2 = _load_queries(base, q_rows, width * stride, stride, present, POOL, DIM, D1, D2)
+    cell = my * (width // STEP) + mx
+    g1, g2 = _load_halves(grad_ptr + first_cell * channels + head * DIM, cell * channels, present, DIM, D1, D2)
+    lse = tl.load(lse_ptr + first_cell * heads + head + cell * heads, mask=present, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + first_cell * heads + head + cell * heads, mask=present, other=0.0)
 
     dq1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
     dq2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], dtype=tl.float32)
     for at in range(0, WINDOW * WINDOW, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        y, x = top + n // WINDOW, left + n % WINDOW
         real = n < WINDOW * WINDOW
-        inside = real & (y < height) & (x < width)
-        rows = ((image * height + y) * width + x) * (3 * channels)
+        inside = real & (n // WINDOW < below) & (n % WINDOW < beyond)
+        rows = (n // WINDOW * width + n % WINDOW) * stride
         pad = padding_ptr + head * DIM
         k1, k2 = _load_keys(base + channels, pad + channels, rows, inside, PADDED, DIM, D1, D2)
         v1, v2 = _load_keys(base + 2 * channels, pad + 2 * channels, rows, inside, PADDED, DIM, D1, D2)
@@ -214,12 +217,12 @@ def query_gradient_kernel(
         if D2 > 0:
             dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
 
-    target = dqkv_ptr + head * DIM
+    target = dqkv_ptr + token * stride + head * DIM
     dq1, dq2 = dq1 * scale, dq2 * scale
     if POOL:
         taken1, taken2 = tl.zeros_like(q1) != 0, tl.zeros_like(q2) != 0
         for index in tl.static_range(4):
-            at = q_rows + (index // 2) * row_stride + (index % 2) * (3 * channels)
+            at = q_rows + (index // 2) * (width * stride) + (index % 2) * stride
             own1, own2 = _load_halves(base, at, present, DIM, D1, D2)
             here1, here2 = (own1 == q1) & ~taken1, (own2 == q2) & ~taken2
             taken1, taken2 = taken1 | here1, taken2 | here2
@@ -264,17 +267,16 @@ def key_gradient_kernel(
     STEP: tl.constexpr = 2 if POOL else 1
     SIDE: tl.constexpr = WINDOW // STEP
     window = tl.program_id(0).to(tl.int64)
-    image, top, left = _window_corner(window, height, width, WINDOW)
+    token, first_cell, below, beyond = _window_corner(window, height, width, WINDOW, STEP)
     head = tl.program_id(1)
     channels = heads * DIM
-    row_stride = tl.full([], 1, tl.int64) * width * 3 * channels
+    stride = 3 * channels
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    y, x = top + n // WINDOW, left + n % WINDOW
     real = n < WINDOW * WINDOW
-    inside = real & (y < height) & (x < width)
-    base = qkv_ptr + head * DIM
+    inside = real & (n // WINDOW < below) & (n % WINDOW < beyond)
+    base = qkv_ptr + token * stride + head * DIM
     pad = padding_ptr + head * DIM
-    key_rows = ((image * height + y) * width + x) * (3 * channels)
+    key_rows = (n // WINDOW * width + n % WINDOW) * stride
     k1, k2 = _load_keys(base + channels, pad + channels, key_rows, inside, PADDED, DIM, D1, D2)
     v1, v2 = _load_keys(base + 2 * channels, pad + 2 * channels, key_rows, inside, PADDED, DIM, D1, D2)
 
@@ -284,15 +286,14 @@ def key_gradient_kernel(
     dv2 = tl.zeros([BLOCK_N, D2 if D2 > 0 else 16], dtype=tl.float32)
     for at in range(0, SIDE * SIDE, BLOCK_M):
         m = at + tl.arange(0, BLOCK_M)
-        y, x = top + (m // SIDE) * STEP, left + (m % SIDE) * STEP
-        present = (m < SIDE * SIDE) & (y < height) & (x < width)
-        rows = ((image * height + y) * width + x) * (3 * channels)
-        q1, q2 = _load_queries(base, rows, row_stride, 3 * channels, present, POOL, DIM, D1, D2)
-        y, x = top // STEP + m // SIDE, left // STEP + m % SIDE
-        cell = (image * (height // STEP) + y) * (width // STEP) + x
-        g1, g2 = _load_halves(grad_ptr + head * DIM, cell * channels, present, DIM, D1, D2)
-        lse = tl.load(lse_ptr + cell * heads + head, mask=present, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + cell * heads + head, mask=present, other=0.0)
+        my, mx = m // SIDE, m % SIDE
+        present = (m < SIDE * SIDE) & (my * STEP < below) & (mx * STEP < beyond)
+        rows = (my * STEP * width + mx * STEP) * stride
+        q1, q2 = _load_queries(base, rows, width * stride, stride, present, POOL, DIM, D1, D2)
+        cell = my * (width // STEP) + mx
+        g1, g2 = _load_halves(grad_ptr + first_cell * channels + head * DIM, cell * channels, present, DIM, D1, D2)
+        lse = tl.load(lse_ptr + first_cell * heads + head + cell * heads, mask=present, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + first_cell * heads + head + cell * heads, mask=present, other=0.0)
         s = _dot_halves(k1, k2, q1, q2, D2, PRECISION)
         p = tl.where(real[:, None] & present[None, :], tl.exp2(s * (scale * LOG2E) - lse[None, :]), 0.0)
         ds = (p * (_dot_halves(v1, v2, g1, g2, D2, PRECISION) - delta[None, :])).to(q1.dtype)
@@ -304,7 +305,7 @@ def key_gradient_kernel(
             dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
 
     dk1, dk2 = dk1 * scale, dk2 * scale
-    target = dqkv_ptr + head * DIM
+    target = dqkv_ptr + token * stride + head * DIM
     _store_halves(target + channels, key_rows, dk1, dk2, inside, DIM, D1, D2)
     _store_halves(target + 2 * channels, key_rows, dv1, dv2, inside, DIM, D1, D2)
     if PADDED:
@@ -344,8 +345,9 @@ def window_tile(window: int, pool: bool, dtype: torch.dtype) -> Tile:
 
 
 def gradient_tile(window: int, pool: bool, dtype: torch.dtype) -> Tile:
-    """Tile of the two backward kernels."""
-    return window_tile(window, pool, dtype) | {"num_stages": 1}
+    """Tile of the two backward kernels; on 4 warps the key gradients of head dims from 72 spill."""
+    settings = window_tile(window, pool, dtype)
+    return settings | {"num_stages": 1, "num_warps": 8 if settings["BLOCK_N"] == 64 else settings["num_warps"]}
 
 
 def _variants() -> tuple[Variant, ...]:
@@ -366,7 +368,7 @@ def _variants() -> tuple[Variant, ...]:
             constants = {"WINDOW": window, "POOL": pool, "PADDED": window in (14, 16), "DIM": dim, "D1": d1, "D2": d2}
             constants |= {"PRECISION": "tf32", **settings}
             name = f"{way}-{dim}-w{window}{'-pool' if pool else ''}"
-            hopper = settings["BLOCK_M" if way != "dk" else "BLOCK_N"] == 64 and warps == 4
+            hopper = settings["BLOCK_M" if way != "dk" else "BLOCK_N"] == 64 and warps >= 4
             variants.append(Variant(name, kernel, signature, constants, warps, stages, wgmma=hopper))
     return tuple(variants)
 

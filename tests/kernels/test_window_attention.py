@@ -196,9 +196,9 @@ def test_reads_the_map_once_and_writes_once():
 @pytest.mark.interpret
 @pytest.mark.parametrize("pool", [False, True])
 def test_offsets_past_two_to_the_31(pool):
-    """The last window of a map of 2**30 tokens, and the last of as many images."""
+    """The last window of a map of 2**30 tokens, and the last of as many in small images."""
     step, window, dim = 2 if pool else 1, 4, 16
-    for batch, height, width in ((1, 4, 2**28), (2**26, 4, 4)):
+    for batch, height, width in ((1, 2**28, 4), (2**26, 4, 4)):
         space, used = huge((2**42,), (1,), torch.int8), 0
         cells = batch * (height // step) * (width // step)
         tensors = []
