@@ -42,11 +42,13 @@ class VisionBatch:
         grid: (B, 1, D, H, W) in 0-1.
         patches: (B, T, len(CLASSES)) share of each class in each patch.
         facts: (B, len(FACTS)) 0 or 1.
+        names: Of the scans.
     """
 
     grid: Tensor
     patches: Tensor
     facts: Tensor
+    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,11 +59,13 @@ class ClassBatch:
         clips: See `Clips`.
         classes: (N,) index into `CLASSES`.
         dense: (V, T, m, m) class of each mask pixel, 0 background, else 1 + index.
+        names: Of the scans.
     """
 
     clips: Clips
     classes: Tensor
     dense: Tensor
+    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,12 +77,14 @@ class JointBatch:
         text: Packed turns; [SEG] tokens in the order of `clips.owner`.
         clips: None in text-only batches.
         features: (B, T, C) of the frozen image encoder, where they are kept; it need not run then.
+        names: Of the scans.
     """
 
     grid: Tensor
     text: TextBatch
     clips: Clips | None
     features: Tensor | None = None
+    names: tuple[str, ...] = ()
 
 
 class Batches:
@@ -94,15 +100,15 @@ class Batches:
     def __init__(self, store: PhantomStore, model: MedVLConfig, chat: ChatTokens | None, config: TrainConfig):
         self.store, self.model, self.chat, self.config = store, model, chat, config
         self.processor = VolumeProcessor(model)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._order: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty(0))
 
     def _samples(self, step: int, phase: PhaseConfig, tag: int) -> list[tuple[Sample, np.random.Generator]]:
         drawn = []
         for n in range(step * phase.batch, (step + 1) * phase.batch):
             epoch, place = divmod(n, len(self.store))
-            if self._order[0] != epoch:
+            if self._order[0] != (tag, epoch):
                 order = np.random.default_rng([self.config.seed, tag, epoch]).permutation(len(self.store))
-                self._order = epoch, order
+                self._order = (tag, epoch), order
             rng = np.random.default_rng([self.config.seed, tag, 1, n])
             drawn.append((self.store[int(self._order[1][place])], rng))
         return drawn
@@ -121,7 +127,7 @@ class Batches:
         drawn = self._samples(step, self.config.vision, 1)
         patches = torch.stack([self._patch_shares(sample) for sample, _ in drawn])
         facts = torch.stack([torch.from_numpy(fact_vector(sample.facts)) for sample, _ in drawn])
-        return VisionBatch(self._grids(drawn), patches, facts)
+        return VisionBatch(self._grids(drawn), patches, facts, _names(drawn))
 
     def sam2(self, step: int) -> ClassBatch:
         """Clips with clicks, boxes and class prompts."""
@@ -137,7 +143,7 @@ class Batches:
             clips.append(self._clip(run, [CLASSES[i] for i in chosen], kind, rng))
             classes += chosen
             dense.append(run.dense(self.model.sam2.mask_size))
-        return ClassBatch(join_clips(clips, kind), torch.tensor(classes), torch.stack(dense))
+        return ClassBatch(join_clips(clips, kind), torch.tensor(classes), torch.stack(dense), _names(drawn))
 
     def stage(self, name: str) -> Callable[[int], JointBatch]:
         """Batches of one of the paper's stages: "stage1", "stage2" or "stage3"."""
@@ -156,7 +162,8 @@ class Batches:
                 turns[-1] += [(request.text, request.answer) for request in requests]
                 targets = [target for request in requests for target in request.targets]
                 clips.append(self._clip(_Run(sample, rng, targets), targets, kind, rng))
-        return JointBatch(self._grids(drawn), pack(self.chat, turns), join_clips(clips, kind) if segmentation else None)
+        joined = join_clips(clips, kind) if segmentation else None
+        return JointBatch(self._grids(drawn), pack(self.chat, turns), joined, names=_names(drawn))
 
     def _text_turns(self, facts: dict[str, Any], phase: PhaseConfig, rng: np.random.Generator) -> list[tuple[str, str]]:
         turns = []
@@ -196,6 +203,10 @@ class Batches:
         structures = count(sample.grid_structures, len(STRUCTURES)) / (p * q * r)
         findings = np.minimum(count(sample.grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
         return torch.from_numpy(np.concatenate([structures, findings], 1)).float()
+
+
+def _names(drawn: list[tuple[Sample, np.random.Generator]]) -> tuple[str, ...]:
+    return tuple(f"phantom {sample.facts['seed']}" for sample, _ in drawn)
 
 
 class _Run:

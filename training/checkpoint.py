@@ -8,7 +8,11 @@ import torch
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write whole or not at all: a full disk or a kill leaves the previous file as it was."""
+    """Write whole or not at all: a full disk or a kill leaves the previous file as it was.
+
+    Raises:
+        OSError: It could not be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -17,6 +21,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # torch's writer tells of a full disk by a RuntimeError.
+        raise OSError(f"{path}: could not be written ({error}); free space, then go on from the one before") from error
     finally:
         partial.unlink(missing_ok=True)
 

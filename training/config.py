@@ -46,10 +46,13 @@ class PhaseConfig:
 
     Attributes:
         steps: Optimiser steps; 0 skips the phase.
-        batch: Volumes (text sequences for `language`) per step.
+        batch: Volumes (text sequences for `language`) per batch.
+        accumulate: Batches per step in each process; a step of N processes takes N times as many.
         lr: Peak learning rate, after warm-up; cosine to zero.
         warmup: Share of the steps with rising learning rate.
         weight_decay: AdamW's.
+        beta2: AdamW's decay of squared gradients; 0.98 forgets faster, which short runs need.
+        ema: Decay of a moving average of the weights that the phase ends with; 0 keeps the last weights.
         clip: Largest gradient norm.
         questions: Question turns packed behind one scan.
         requests: Segmentation requests packed behind one scan (stage 3), or objects per clip (sam2).
@@ -58,9 +61,12 @@ class PhaseConfig:
 
     steps: int = 1000
     batch: int = 4
+    accumulate: int = 1
     lr: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.01
+    beta2: float = 0.98
+    ema: float = 0.0
     clip: float = 1.0
     questions: int = 6
     requests: int = 6
@@ -89,18 +95,29 @@ class TrainConfig:
     Attributes:
         preset: Model preset to build; for real scans the preset or directory whose weights are trained on.
         seed: Of initial weights, batches and texts.
-        precision: "fp32" or "bf16" (autocast).
+        device: "auto", "cpu" or a CUDA device.
+        parallel: How several processes share the model: "ddp" (a copy each) or "fsdp" (FSDP2, shards).
+        precision: "fp32"; "bf16" or "fp16" (autocast, fp16 with loss scaling); "bf16-pure" (bf16 weights, float32
+            copies of the trained ones for the optimiser).
+        checkpoint_activations: Keep only the inputs of transformer blocks for the backward and compute the rest again.
+        fused: Use the fused operations of `kernels/`; False takes plain PyTorch throughout.
         threads: Torch threads; 0 keeps torch's choice.
         save_every: Steps between checkpoints.
         log_every: Steps between log rows.
+        wandb: Project of Weights & Biases to log to as well; empty for none.
     """
 
     preset: str = "tiny"
     seed: int = 0
+    device: str = "auto"
+    parallel: str = "ddp"
     precision: str = "fp32"
+    checkpoint_activations: bool = False
+    fused: bool = True
     threads: int = 0
     save_every: int = 200
     log_every: int = 20
+    wandb: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     language: PhaseConfig = field(default_factory=PhaseConfig)
@@ -114,6 +131,8 @@ class TrainConfig:
 def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
     """Read a shipped config by name or a YAML file, then apply `a.b=c` overrides.
 
+    The key `base` of a file names another that it changes.
+
     Raises:
         ValueError: No such file, an unknown key (the nearest is named) or a value of the wrong type.
     """
@@ -121,8 +140,10 @@ def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise ValueError(f"config: expected one of {shipped} or a YAML file, got {str(name)!r}")
-    config = TrainConfig()
-    _update(config, yaml.safe_load(path.read_text()) or {}, str(path))
+    values = yaml.safe_load(path.read_text()) or {}
+    base = values.pop("base", None)
+    config = TrainConfig() if base is None else load_config(base)
+    _update(config, values, str(path))
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:

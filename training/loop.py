@@ -1,10 +1,8 @@
 """The training loop of one phase: schedule, precision, log, checkpoint, resume."""
 
 import contextlib
-import csv
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from medvl_sam2.training import checkpoint
+from medvl_sam2.kernels._common import disable
+from medvl_sam2.training import precision
 from medvl_sam2.training.config import PhaseConfig, TrainConfig
+from medvl_sam2.training.distributed import ActivationCheckpoints, World, collect, full, spread, synchronise, to_device
+from medvl_sam2.training.log import Log, workload
+from medvl_sam2.training.state import PhaseState
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +26,16 @@ Losses = dict[str, Tensor]
 
 
 class Indexed(Dataset):
-    """Batches by step number: step `s` gives the same batch in every process and after every restart."""
+    """Batches by number: number `n` gives the same batch in every process and after every restart."""
 
-    def __init__(self, make: Callable[[int], Any], steps: int):
-        self.make, self.steps = make, steps
+    def __init__(self, make: Callable[[int], Any], length: int):
+        self.make, self.length = make, length
 
     def __len__(self) -> int:
-        return self.steps
+        return self.length
 
-    def __getitem__(self, step: int) -> Any:
-        return self.make(step)
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.make(number)
 
 
 def learning_rate(phase: PhaseConfig, step: int) -> float:
@@ -45,141 +48,132 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
 
 def run_phase(
     name: str,
-    modules: dict[str, nn.Module],
+    objective: nn.Module,
     make_batch: Callable[[int], Any],
-    losses: Callable[[Any], Losses],
     config: TrainConfig,
     out: Path,
+    world: World | None = None,
 ) -> None:
     """Train the parameters that require a gradient, from the last checkpoint on.
 
+    A step takes `accumulate` batches in each process and the mean of their gradients, so N processes train as one
+    process does with N times the accumulation: batch for batch, the same numbers.
+
     Args:
         name: Of the phase: its section of the config, its log and its checkpoint.
-        modules: What holds the parameters; only those with `requires_grad` are trained and saved.
-        make_batch: Step number -> batch; must depend on nothing else.
-        losses: Batch -> named scalars; "loss" is minimised, the others are logged.
+        objective: Batch -> named scalars; "loss" is minimised, the others are logged. Only its parameters with
+            `requires_grad` are trained and saved.
+        make_batch: Number -> batch; must depend on nothing else.
         config: Of the run.
         out: Folder of the run.
+        world: Processes that train together; this one alone by default.
 
     Raises:
-        FloatingPointError: The loss is not finite; the last checkpoint stays good.
+        FloatingPointError: Loss or gradient is not finite; the last checkpoint stays good.
+        ValueError: A setting that does not exist.
     """
+    world = world or World()
     phase: PhaseConfig = getattr(config, name)
-    parameters = {
-        f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
-    }
-    optimizer = torch.optim.AdamW(_groups(parameters, phase.weight_decay), lr=phase.lr, betas=(0.9, 0.98))
-    # Random buffers, such as SAM2's Fourier matrix, belong to the weights although nothing trains them.
-    buffers = {f"{key}.{n}": b for key, module in modules.items() for n, b in module.named_buffers()}
-    path = out / "checkpoints" / f"{name}.pt"
-    state = checkpoint.load(path)
-    start = 0
-    if state is not None:
-        start = state["step"]
-        with torch.no_grad():
-            for own, kept in ((parameters, state["parameters"]), (buffers, state["buffers"])):
-                for key, value in kept.items():
-                    own[key].copy_(value)
-        if start >= phase.steps:
-            return
-        optimizer.load_state_dict(state["optimizer"])
-    for module in modules.values():
-        module.train()
-    autocast = torch.autocast("cpu", torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
-    with _Log(out, name, start) as log, tqdm(total=phase.steps, initial=start, desc=name, disable=None) as bar:
-        for step, batch in zip(range(start, phase.steps), _batches(make_batch, start, phase.steps, _workers(config))):
-            for group in optimizer.param_groups:
-                group["lr"] = phase.lr * learning_rate(phase, step)
-            # Dropout and sampled losses draw from torch's generator: seeded by step, a resumed run draws the same.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            with autocast:
-                values = losses(batch)
-            if not torch.isfinite(values["loss"]):
-                raise FloatingPointError(f"{name}: loss is {values['loss'].item()} at step {step}; {path} is good")
-            optimizer.zero_grad(set_to_none=True)
-            values["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), phase.clip)
-            optimizer.step()
-            log.add({**values, "grad_norm": norm})
+    precision.check(config.precision, config.parallel)
+    precision.lower(objective, config.precision)
+    called, trained = spread(objective, world, config.parallel)
+    state = PhaseState(out / "checkpoints" / f"{name}.pt", trained, phase, config)
+    start = state.load()
+    if start >= phase.steps:
+        collect(objective, trained)
+        return
+    objective.train()
+    trained.train()
+    fused = contextlib.nullcontext() if config.fused else disable("all")
+    with (
+        fused,
+        ActivationCheckpoints(trained, config.checkpoint_activations),
+        Log(out, name, start, world, config.wandb) as log,
+        tqdm(total=phase.steps, initial=start, desc=name, disable=None if world.is_main else True) as bar,
+    ):
+        batches = _batches(make_batch, start, phase, config, world)
+        flops = 0.0
+        for step in range(start, phase.steps):
+            rate = phase.lr * learning_rate(phase, step)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            for part in range(phase.accumulate):
+                number, batch = next(batches)
+                tokens, slices = workload(batch)
+                # Dropout and sampled losses draw from torch's generator: seeded by batch, a resumed run draws the same.
+                torch.manual_seed(config.seed * 1_000_003 + number)
+                with (
+                    synchronise(called, part + 1 == phase.accumulate),
+                    # Sharded parameters cannot be traced; elsewhere the first batch stands for all.
+                    _counted(not flops and called is trained) as counter,
+                ):
+                    with precision.autocast(config.precision, world.device):
+                        values = called(to_device(batch, world.device))
+                    _refuse_nan(name, step, number, batch, values["loss"], world, state.path)
+                    state.scaler.scale(values["loss"] / phase.accumulate).backward()
+                if counter is not None:
+                    flops = float(counter.get_total_flops()) * phase.accumulate
+                log.add(values, tokens, slices)
+            norm = _update(state, phase, f"{name}: gradient of step {step}", world)
+            log.steps += 1
+            if torch.isfinite(norm):
+                log.add({"grad_norm": norm})
             bar.update()
-            if (step + 1) % config.log_every == 0 or step + 1 == phase.steps:
-                bar.set_postfix(loss=f"{log.write(step + 1, optimizer.param_groups[0]['lr']):.4f}")
-            if (step + 1) % config.save_every == 0 or step + 1 == phase.steps:
-                saved = {key: p.detach() for key, p in parameters.items()}
-                state = {"step": step + 1, "parameters": saved, "buffers": buffers, "optimizer": optimizer.state_dict()}
-                checkpoint.save(path, state)
-    for module in modules.values():
-        module.eval()
+            last = step + 1 == phase.steps
+            if (step + 1) % config.log_every == 0 or last:
+                bar.set_postfix(loss=f"{log.write(step + 1, rate, flops):.4f}")
+            if last:
+                state.finish()
+            if (step + 1) % config.save_every == 0 or last:
+                state.save(step + 1, world)
+    collect(objective, trained)
+    objective.eval()
 
 
-def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _counted(wanted: bool) -> Any:
+    return FlopCounterMode(display=False) if wanted else contextlib.nullcontext()
 
 
-def _workers(config: TrainConfig) -> int:
-    # Phantoms are memory-mapped and small, so one worker that runs ahead is enough.
-    return max(1, config.data.workers) if config.data.source else 1
+def _update(state: PhaseState, phase: PhaseConfig, what: str, world: World) -> Tensor:
+    """Clip, step, and clear the gradients; returns their norm."""
+    state.masters.take_gradients()
+    state.scaler.unscale_(state.optimizer)
+    norm = full(nn.utils.clip_grad_norm_(state.masters.tuned.values(), phase.clip)).detach()
+    # With loss scaling an overflow is part of the game: the step is skipped and the scale halved.
+    if not state.scaler.is_enabled() and not world.all_true(torch.isfinite(norm)):
+        raise FloatingPointError(f"{what} is {norm.item()}; {state.path} is good")
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.masters.give_values()
+    state.average(phase.ema)
+    return norm
 
 
-def _batches(make_batch: Callable[[int], Any], start: int, steps: int, workers: int) -> Iterator[Any]:
-    # Batches come in the order of their steps however many workers make them.
+def _refuse_nan(name: str, step: int, number: int, batch: Any, loss: Tensor, world: World, path: Path) -> None:
+    if world.all_true(torch.isfinite(loss.detach())):
+        return
+    own = None if torch.isfinite(loss) else f"loss is {loss.item()} in batch {number} ({_names(batch)})"
+    told = "; ".join(text for text in world.gather(own) if text)
+    raise FloatingPointError(f"{name}: {told} at step {step}; {path} is good")
+
+
+def _names(batch: Any) -> str:
+    return ", ".join(map(str, getattr(batch, "names", ()))) or "without names"
+
+
+def _batches(
+    make_batch: Callable[[int], Any], start: int, phase: PhaseConfig, config: TrainConfig, world: World
+) -> Iterator[tuple[int, Any]]:
+    per_step = phase.accumulate * world.size
+    # Batches come in the order of their numbers however many workers make them.
     loader = DataLoader(
-        Indexed(make_batch, steps),
+        Indexed(make_batch, phase.steps * per_step),
         batch_size=None,
-        sampler=range(start, steps),
-        num_workers=workers,
+        sampler=range(start * per_step + world.rank, phase.steps * per_step, world.size),
+        # Phantoms are memory-mapped and small, so one worker that runs ahead is enough.
+        num_workers=max(1, config.data.workers) if config.data.source else 1,
         prefetch_factor=4,
         multiprocessing_context="fork",
     )
     return iter(loader)
-
-
-class _Log:
-    """CSV and, where installed, TensorBoard; means over the steps since the last row."""
-
-    def __init__(self, out: Path, name: str, start: int):
-        self.path = out / "logs" / f"{name}.csv"
-        self.name, self.resumed = name, start > 0
-        self.sums: dict[str, float] = {}
-        self.count = 0
-        self.started = time.perf_counter()
-
-    def __enter__(self) -> "_Log":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a" if self.resumed else "w", newline="")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.path.parent / "tensorboard" / self.name)
-        except ImportError:
-            self.board = None
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-    def add(self, values: Losses) -> None:
-        """Count one step."""
-        self.count += 1
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value.item()
-
-    def write(self, step: int, lr: float) -> float:
-        """Write the row up to `step`; returns the mean loss."""
-        means = {key: value / self.count for key, value in self.sums.items()}
-        seconds = (time.perf_counter() - self.started) / self.count
-        row = {"step": step, "lr": lr, "seconds_per_step": seconds, **means}
-        writer = csv.DictWriter(self.file, row)
-        if self.file.tell() == 0:
-            writer.writeheader()
-        writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
-        self.file.flush()
-        if self.board is not None:
-            for key, value in row.items():
-                self.board.add_scalar(key, value, step)
-        self.sums, self.count, self.started = {}, 0, time.perf_counter()
-        return means["loss"]

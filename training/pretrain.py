@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.sam2 import SliceFeatures
 from medvl_sam2.training.batches import CLASSES, Batches, ClassBatch, VisionBatch
 from medvl_sam2.training.config import TrainConfig
+from medvl_sam2.training.distributed import World
 from medvl_sam2.training.facts import FACTS
 from medvl_sam2.training.loop import Losses, run_phase
 from medvl_sam2.training.packing import TextBatch
@@ -26,24 +28,33 @@ _RARE_LOGIT = -4.0
 _DENSE_WEIGHT = 0.5
 
 
-def pretrain_language(model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
-    """Train the whole LLM on text; LoRA stays at zero."""
-    causal = model.language.causal
-    for name, parameter in causal.named_parameters():
-        parameter.requires_grad_(".lora_" not in name)
+class _LanguageObjective(nn.Module):
+    """The LLM alone, on text."""
 
-    def losses(batch: TextBatch) -> Losses:
-        hidden = causal.model(
-            inputs_embeds=causal.get_input_embeddings()(batch.input_ids),
+    def __init__(self, language: LanguageModel):
+        super().__init__()
+        self.language = language.causal
+
+    def forward(self, batch: TextBatch) -> Losses:
+        hidden = self.language.model(
+            inputs_embeds=self.language.get_input_embeddings()(batch.input_ids),
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
         scored = batch.labels[:, 1:] != -100
-        logits = causal.get_output_embeddings()(hidden[:, :-1][scored]).float()
+        logits = self.language.get_output_embeddings()(hidden[:, :-1][scored]).float()
         return {"loss": F.cross_entropy(logits, batch.labels[:, 1:][scored])}
 
-    run_phase("language", {"language": causal}, batches.language, losses, config, out)
+
+def pretrain_language(
+    model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path, world: World | None = None
+) -> None:
+    """Train the whole LLM on text; LoRA stays at zero."""
+    causal = model.language.causal
+    for name, parameter in causal.named_parameters():
+        parameter.requires_grad_(".lora_" not in name)
+    run_phase("language", _LanguageObjective(model.language), batches.language, config, out, world)
     with torch.no_grad():
         model.language.seg_input.copy_(causal.get_input_embeddings().weight[model.language.seg_token_id])
         model.language.seg_output.copy_(causal.get_output_embeddings().weight[model.language.seg_token_id])
@@ -63,19 +74,28 @@ class _VisionHeads(nn.Module):
         return self.patch(tokens), self.scan(pooled)
 
 
-def pretrain_vision(model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
-    """Train the 3D ViT on the content of patches and scans."""
-    vision = model.vision.requires_grad_(True)
-    heads = _VisionHeads(model.config.vision.hidden_size)
+class _VisionObjective(nn.Module):
+    """The 3D ViT with its heads."""
 
-    def losses(batch: VisionBatch) -> Losses:
-        patches, scan = heads(vision(batch.grid))
+    def __init__(self, vision: nn.Module, width: int):
+        super().__init__()
+        self.vision = vision
+        self.heads = _VisionHeads(width)
+
+    def forward(self, batch: VisionBatch) -> Losses:
+        patches, scan = self.heads(self.vision(batch.grid.to(self.vision.cls_token.dtype)))
         # Summed over classes: a mean would let the many empty ones drown the few that are there.
         dense = F.binary_cross_entropy_with_logits(patches.float(), batch.patches, reduction="none").sum(-1).mean()
         facts = F.binary_cross_entropy_with_logits(scan.float(), batch.facts)
         return {"loss": dense + 10 * facts, "dense": dense, "facts": facts}
 
-    run_phase("vision", {"vision": vision, "heads": heads}, batches.vision, losses, config, out)
+
+def pretrain_vision(
+    model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path, world: World | None = None
+) -> None:
+    """Train the 3D ViT on the content of patches and scans."""
+    objective = _VisionObjective(model.vision.requires_grad_(True), model.config.vision.hidden_size)
+    run_phase("vision", objective, batches.vision, config, out, world)
 
 
 class _SAM2Heads(nn.Module):
@@ -96,17 +116,27 @@ class _SAM2Heads(nn.Module):
         return self.out(F.gelu(x))
 
 
-def pretrain_sam2(model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path) -> None:
-    """Train all of SAM2, memory included, on promptable segmentation of clips."""
-    sam2 = model.sam2.requires_grad_(True)
-    heads = _SAM2Heads(model.config.sam2.d_model)
+class _SAM2Objective(nn.Module):
+    """All of SAM2 with its heads."""
 
-    def losses(batch: ClassBatch) -> Losses:
+    def __init__(self, model: MedVLSAM2, config: TrainConfig):
+        super().__init__()
+        self.sam2 = model.sam2
+        self.heads = _SAM2Heads(model.config.sam2.d_model)
+        self.weights, self.settings = config.loss, model.config
+
+    def forward(self, batch: ClassBatch) -> Losses:
         clips = batch.clips
-        features = sam2.encode_images(clips.images.flatten(0, 1))
-        embeddings = heads.classes(batch.classes)[:, None] if clips.semantic else None
-        terms = clip_losses(sam2, features, clips, embeddings, config.loss, model.config)
-        dense = F.cross_entropy(heads(features).float(), batch.dense.flatten(0, 1))
+        features = self.sam2.encode_images(clips.images.flatten(0, 1).to(self.sam2.no_mem_embed.dtype))
+        embeddings = self.heads.classes(batch.classes)[:, None] if clips.semantic else None
+        terms = clip_losses(self.sam2, features, clips, embeddings, self.weights, self.settings)
+        dense = F.cross_entropy(self.heads(features).float(), batch.dense.flatten(0, 1))
         return {**terms, "loss": terms["loss"] + _DENSE_WEIGHT * dense, "dense": dense}
 
-    run_phase("sam2", {"sam2": sam2, "heads": heads}, batches.sam2, losses, config, out)
+
+def pretrain_sam2(
+    model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path, world: World | None = None
+) -> None:
+    """Train all of SAM2, memory included, on promptable segmentation of clips."""
+    model.sam2.requires_grad_(True)
+    run_phase("sam2", _SAM2Objective(model, config), batches.sam2, config, out, world)

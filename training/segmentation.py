@@ -60,7 +60,7 @@ def clip_losses(
     """
     length = clips.images.shape[1]
     if not clips.memory:
-        each = (clips.owner[:, None] * length + torch.arange(length)).flatten()
+        each = (clips.owner[:, None] * length + torch.arange(length, device=clips.owner.device)).flatten()
         prompts = Prompts(embeddings=embeddings.repeat_interleave(length, 0))
         step = sam2.step(
             features.select(each), prompts, None, is_conditioning=True, encode_memory=False, gate_by_object_score=False

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch
 
+from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.presets import preset
-from medvl_sam2.training.batches import Batches, JointBatch
+from medvl_sam2.training import precision
+from medvl_sam2.training.batches import Batches
 from medvl_sam2.training.config import TrainConfig, load_config
 from medvl_sam2.training.corpus import text_corpus, train_tokenizer
 from medvl_sam2.training.datasets.batches import ManifestBatches
 from medvl_sam2.training.datasets.build import build_real
-from medvl_sam2.training.loop import Losses, run_phase
+from medvl_sam2.training.distributed import World, join
+from medvl_sam2.training.loop import run_phase
+from medvl_sam2.training.objectives import JointObjective
 from medvl_sam2.training.pretrain import pretrain_language, pretrain_sam2, pretrain_vision
-from medvl_sam2.training.segmentation import clip_losses
 from medvl_sam2.training.stages import set_trainable
 from medvl_sam2.training.store import PhantomStore
 
@@ -27,42 +30,71 @@ PHASES = ("language", "vision", "sam2", *STAGES)
 _TOKENIZER_PHANTOMS = 3000
 
 
-def run(config: str | TrainConfig, out: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Path:
+def run(
+    config: str | TrainConfig,
+    out: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    until: str | None = None,
+    settings: MedVLConfig | None = None,
+) -> Path:
     """Train from nothing to a model directory, or go on where a killed run stopped.
+
+    Under torchrun or `accelerate launch` the processes train together.
 
     Args:
         config: Name of a shipped config, YAML file, or a ready config.
         out: Folder of the run: phantoms, checkpoints, logs, and at the end `model/`.
         overrides: `a.b=c` settings on top of the config.
+        until: Last phase to run, so that each stage can have a command of its own; all of them by default.
+        settings: Shapes of a fresh model in place of the preset's.
 
     Returns:
         The model directory.
 
     Raises:
-        ValueError: Bad config.
+        ValueError: Bad config, or `until` is no phase.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config, overrides)
+    precision.check(config.precision, config.parallel)
+    phases = STAGES if config.data.source else PHASES
+    if until is not None and until not in phases:
+        raise ValueError(f"until: expected one of {', '.join(phases)}, got {until!r}")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if config.threads:
         torch.set_num_threads(config.threads)
-    model, batches = build(config, out)
-    for phase in STAGES if config.data.source else PHASES:
-        run_one(phase, model, batches, config, out)
-    model.save_pretrained(out / "model")
+    world = join(config.device)
+    model, batches = build(config, out, settings, world)
+    for phase in phases if until is None else phases[: phases.index(until) + 1]:
+        run_one(phase, model, batches, config, out, world)
+    if world.is_main:
+        model.save_pretrained(out / "model")
+    world.barrier()
     return out / "model"
 
 
-def build(config: TrainConfig, out: Path) -> tuple[MedVLSAM2, Batches | ManifestBatches]:
+def build(
+    config: TrainConfig, out: Path, settings: MedVLConfig | None = None, world: World | None = None
+) -> tuple[MedVLSAM2, Batches | ManifestBatches]:
     """Model with its tokenizer, and the batches of a run.
 
     A run on phantoms begins with a fresh model, and renders them if needed; one on real scans with the weights that
     `preset` names.
     """
+    world = world or World()
+    if not world.is_main:
+        # The first process renders or prepares; the others then find all of it.
+        world.barrier()
     torch.manual_seed(config.seed)
-    if config.data.source:
-        return build_real(config, out)
-    settings = preset(config.preset)
+    built = build_real(config, out) if config.data.source else _build_fresh(config, out, settings)
+    if world.is_main:
+        world.barrier()
+    return built
+
+
+def _build_fresh(config: TrainConfig, out: Path, settings: MedVLConfig | None) -> tuple[MedVLSAM2, Batches]:
+    settings = settings or preset(config.preset)
     store = PhantomStore(Path(config.data.cache or out / "phantoms"), settings, config.data)
     store.prepare()
     seeds = range(config.data.first_seed, config.data.first_seed + _TOKENIZER_PHANTOMS)
@@ -71,7 +103,14 @@ def build(config: TrainConfig, out: Path) -> tuple[MedVLSAM2, Batches | Manifest
     return model, Batches(store, settings, model.chat, config)
 
 
-def run_one(phase: str, model: MedVLSAM2, batches: Batches | ManifestBatches, config: TrainConfig, out: Path) -> None:
+def run_one(
+    phase: str,
+    model: MedVLSAM2,
+    batches: Batches | ManifestBatches,
+    config: TrainConfig,
+    out: Path,
+    world: World | None = None,
+) -> None:
     """Run one phase, or load it where its checkpoint is complete.
 
     Raises:
@@ -79,34 +118,15 @@ def run_one(phase: str, model: MedVLSAM2, batches: Batches | ManifestBatches, co
     """
     if phase not in PHASES:
         raise ValueError(f"phase: expected one of {', '.join(PHASES)}, got {phase!r}")
+    # Heads made for a phase begin alike whether or not earlier phases ran in this process.
+    torch.manual_seed(config.seed * 1_000_003 + PHASES.index(phase))
     pretraining: dict[str, Callable[..., None]] = {
         "language": pretrain_language,
         "vision": pretrain_vision,
         "sam2": pretrain_sam2,
     }
     if phase in pretraining:
-        pretraining[phase](model, batches, config, out)
+        pretraining[phase](model, batches, config, out, world)
         return
     set_trainable(model, phase)
-    run_phase(phase, {"model": model}, batches.stage(phase), _joint_losses(model, config), config, out)
-
-
-def _joint_losses(model: MedVLSAM2, config: TrainConfig) -> Callable[[JointBatch], Losses]:
-    def losses(batch: JointBatch) -> Losses:
-        text = batch.text
-        output = model(
-            text.input_ids,
-            model.visual_tokens(batch.grid) if batch.features is None else model.projector(batch.features),
-            attention_mask=text.attention_mask,
-            position_ids=text.position_ids,
-            labels=text.labels,
-        )
-        terms = {"ce": output.loss, "loss": config.loss.ce * output.loss}
-        if batch.clips is not None and len(batch.clips.owner):
-            features = model.sam2.encode_images(batch.clips.images.flatten(0, 1))
-            prompts = model.seg_prompts(output.hidden, text.input_ids)
-            masks = clip_losses(model.sam2, features, batch.clips, prompts, config.loss, model.config)
-            terms = {**masks, **terms, "loss": terms["loss"] + masks["loss"]}
-        return terms
-
-    return losses
+    run_phase(phase, JointObjective(model, config.loss), batches.stage(phase), config, out, world)

@@ -1,15 +1,21 @@
 """The staged trainer on a few phantoms: what trains, that it resumes exactly, and that it refuses a bad loss."""
 
+import copy
 import csv
 import dataclasses
+import os
+import resource
+import signal
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from medvl_sam2.model.modeling import MedVLSAM2
-from medvl_sam2.training import train
+from medvl_sam2.training import checkpoint, train
 from medvl_sam2.training.config import PhaseConfig, TrainConfig, load_config
 from medvl_sam2.training.loop import learning_rate, run_phase
 from medvl_sam2.training.stages import TRAINABLE
@@ -63,41 +69,55 @@ def _names(model: MedVLSAM2, stage: str) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _line(config: TrainConfig, out: Path, stop: int | None = None) -> nn.Linear:
-    """Fit a line by `run_phase`; `stop` breaks off at that step as a kill would."""
+class _Fit(nn.Module):
+    """Fits a line; `stop` breaks off at that batch as a kill would."""
+
+    def __init__(self, stop: int | None = None):
+        super().__init__()
+        self.line = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.2))
+        self.left = stop
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.left is not None:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+        told = self.line(x.to(self.line[0].weight.dtype))[:, 0].float()
+        return {"loss": (told - x.sum(1)).square().mean()}
+
+
+def _numbers(number: int) -> torch.Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+
+
+def _line(config: TrainConfig, out: Path, stop: int | None = None) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.2))
-
-    def batch(step: int) -> torch.Tensor:
-        return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
-
-    steps = iter(range(10**6))
-
-    def losses(x: torch.Tensor) -> dict[str, torch.Tensor]:
-        if stop is not None and next(steps) == stop:
-            raise KeyboardInterrupt
-        return {"loss": (model(x)[:, 0] - x.sum(1)).square().mean()}
-
-    run_phase("vision", {"model": model}, batch, losses, config, out)
-    return model
+    objective = _Fit(stop)
+    run_phase("vision", objective, _numbers, config, out)
+    return objective.line
 
 
-def _fit_config() -> TrainConfig:
-    return TrainConfig(save_every=4, log_every=1, vision=PhaseConfig(steps=12, lr=0.05))
+def _fit_config(**settings) -> TrainConfig:
+    phase = {key: settings.pop(key) for key in ("accumulate", "ema", "steps") if key in settings}
+    return TrainConfig(save_every=4, log_every=1, vision=PhaseConfig(**{"steps": 12, "lr": 0.05, **phase}), **settings)
 
 
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
-    whole = _line(_fit_config(), tmp_path / "whole")
+def _losses(out: Path) -> dict[str, str]:
+    with open(out / "logs" / "vision.csv") as file:
+        return {row["step"]: row["loss"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "fp16"])
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(precision, tmp_path):
+    config = _fit_config(precision=precision, ema=0.5)
+    whole = _line(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        _line(_fit_config(), tmp_path / "killed", stop=6)
-    resumed = _line(_fit_config(), tmp_path / "killed")
+        _line(config, tmp_path / "killed", stop=6)
+    resumed = _line(config, tmp_path / "killed")
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
-    losses = []
-    for name in ("whole", "killed"):
-        with open(tmp_path / name / "logs" / "vision.csv") as file:
-            losses.append({row["step"]: row["loss"] for row in csv.DictReader(file)})
-    assert losses[0] == losses[1]
+    assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
+    assert len((tmp_path / "killed" / "logs" / "vision.csv").read_text().splitlines()) == 13
 
 
 def test_a_finished_phase_is_loaded_not_run(tmp_path):
@@ -106,18 +126,147 @@ def test_a_finished_phase_is_loaded_not_run(tmp_path):
     assert torch.equal(first[0].weight, again[0].weight)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="step 0"):
-        run_phase(
-            "vision",
-            {"model": model},
-            lambda step: torch.full((1, 1), float("nan")),
-            lambda x: {"loss": model(x).sum()},
-            _fit_config(),
-            tmp_path,
-        )
-    assert not (tmp_path / "checkpoints" / "vision.pt").exists()
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
+    def numbers(number: int) -> torch.Tensor:
+        return _numbers(number) * (float("nan") if number == 6 else 1)
+
+    with pytest.raises(FloatingPointError, match=r"batch 6 .* at step 6; .*vision.pt is good"):
+        run_phase("vision", _Fit(), numbers, _fit_config(), tmp_path)
+    assert torch.load(tmp_path / "checkpoints" / "vision.pt")["step"] == 4
+
+
+def test_kill_9_at_a_random_step(tmp_path):
+    config = _fit_config(steps=40)
+    whole = _line(config, tmp_path / "whole")
+    child = os.fork()
+    if not child:
+        stop = int(np.random.default_rng().integers(5, 39))
+
+        def numbers(number: int) -> torch.Tensor:
+            return _numbers(number)
+
+        torch.manual_seed(0)
+        objective = _Fit()
+        objective.register_forward_pre_hook(lambda *_: killed.append(0) or (len(killed) > stop and _kill()))
+        killed: list[int] = []
+        run_phase("vision", objective, numbers, config, tmp_path / "killed")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    resumed = _line(config, tmp_path / "killed")
+    assert torch.equal(whole[0].weight, resumed[0].weight)
+    assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    path = tmp_path / "state.pt"
+    checkpoint.save(path, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        with pytest.raises(OSError, match="could not be written"):
+            checkpoint.save(path, {"step": 2, "weights": torch.randn(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.load(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    class Both(_Fit):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            self.line.eval()
+            return super().forward(x)
+
+    def pair(number: int) -> torch.Tensor:
+        return torch.cat([_numbers(2 * number), _numbers(2 * number + 1)])
+
+    fits = []
+    for name, make, parts in (("parts", _numbers, 2), ("pairs", pair, 1)):
+        torch.manual_seed(0)
+        objective = Both()
+        run_phase("vision", objective, make, _fit_config(accumulate=parts), tmp_path / name)
+        fits.append(objective.line[0].weight)
+    torch.testing.assert_close(*fits)
+
+
+def test_the_phase_ends_with_the_moving_average(tmp_path):
+    seen = []
+
+    class Watched(_Fit):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append(self.line[0].weight.detach().clone())
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    objective = Watched()
+    run_phase("vision", objective, _numbers, _fit_config(ema=0.5, steps=3), tmp_path)
+    kept = torch.load(tmp_path / "checkpoints" / "vision.pt")["parameters"]["line.0.weight"]
+    assert torch.equal(objective.line[0].weight, kept)
+    # Weights after step n are what step n + 1 sees; the last is not seen, so the average of the first three is undone.
+    partial = seen[0]
+    for weight in seen[1:]:
+        partial = partial.lerp(weight, 0.5)
+    last = 2 * kept - partial
+    assert not torch.allclose(last, kept)
+    torch.manual_seed(0)
+    plain = _Fit()
+    run_phase("vision", plain, _numbers, _fit_config(steps=3), tmp_path / "plain")
+    torch.testing.assert_close(plain.line[0].weight.detach(), last)
+
+
+@pytest.mark.parametrize("settings", [{"checkpoint_activations": True}, {"fused": False}, {"precision": "bf16"}])
+def test_the_loss_curve_does_not_depend_on_how_it_is_computed(settings, built, config, tmp_path):
+    model, batches, _ = built
+    curves = []
+    for name, changes in (("plain", {}), ("changed", settings)):
+        copied = copy.deepcopy(model)
+        train.run_one("stage3", copied, batches, dataclasses.replace(config, **changes), tmp_path / name)
+        with open(tmp_path / name / "logs" / "stage3.csv") as file:
+            curves.append([float(row["loss"]) for row in csv.DictReader(file)])
+    tolerance = 2e-2 if "precision" in settings else 1e-4
+    assert curves[0] == pytest.approx(curves[1], rel=tolerance)
+    assert curves[0][0] != curves[0][1]
+
+
+def test_the_log_tells_rates(built, config):
+    _, batches, out = built
+    train.run_one("stage1", built[0], batches, config, out)
+    with open(out / "logs" / "stage1.csv") as file:
+        row = next(csv.DictReader(file))
+    assert all(float(row[key]) > 0 for key in ("tokens_per_second", "tflops", "peak_memory_gb", "grad_norm"))
+
+
+@pytest.mark.parametrize("name", ["1b", "4b", "8b", "experiment"])
+def test_shipped_configs_load_and_share_one_recipe(name):
+    config, base = load_config(name), load_config("1b")
+    if name == "experiment":
+        stages = [config.stage1, config.stage2, config.stage3]
+        assert len({(s.lr, s.batch, s.warmup, s.clip, s.weight_decay) for s in stages}) == 1
+        return
+    for stage in ("stage1", "stage2", "stage3"):
+        ours, theirs = getattr(config, stage), getattr(base, stage)
+        assert ours.batch * ours.accumulate == theirs.batch * theirs.accumulate
+        assert (ours.lr, ours.steps, ours.weight_decay) == (theirs.lr, theirs.steps, theirs.weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "int8"}, "expected one of fp32"),
+        ({"precision": "fp16", "parallel": "fsdp"}, "with parallel=fsdp"),
+        ({"parallel": "tp"}, "expected ddp or fsdp"),
+        ({"wandb": "project"}, "pip install wandb"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=message):
+        _line(_fit_config(**settings), tmp_path)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

@@ -90,9 +90,10 @@ class ManifestBatches:
         kind = prompt_kind(np.random.default_rng([self.config.seed, _TAGS[stage], 2, step]), always_semantic=True)
         features = self.features if stage == "stage1" else None
         chances = NONE if features is not None else self.chances
-        grids, turns, clips, kept = [], [], [], []
+        grids, turns, clips, kept, names = [], [], [], [], []
         for place, rng in self._drawn(stage, phase, step):
             sample = self._sample(stage, place)
+            names.append(sample.record.id)
             view = draw_view(_said(sample), rng, chances)
             words = swap_sides if view.swaps_sides else str
             asked = requests(sample, phase.requests, rng, words, marked=kind.points > 0) if stage == "stage3" else []
@@ -112,6 +113,7 @@ class ManifestBatches:
             pack(self.chat, turns),
             join_clips(clips, kind) if clips else None,
             torch.stack(kept) if kept else None,
+            tuple(names),
         )
 
     def _drawn(self, stage: str, phase: PhaseConfig, step: int) -> list[tuple[int, np.random.Generator]]:

@@ -1,0 +1,71 @@
+"""Two gloo processes against one: the same losses, and checkpoints that load either way."""
+
+import csv
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medvl_sam2.training.distributed import World
+
+_SCRIPT = Path(__file__).with_name("_two_processes.py")
+_spec = importlib.util.spec_from_file_location("_two_processes", _SCRIPT)
+script = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(script)
+
+
+def losses(out: Path) -> list[float]:
+    with open(out / "logs" / "stage3.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder with "whole" (one process), "ddp" and "fsdp" (two, killed in step 3), "one" (one, killed, then two)."""
+    out = tmp_path_factory.mktemp("runs")
+    whole = script.train(out / "whole", World())
+    script.train(out / "one", World(), killed=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(_SCRIPT), str(out)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-3000:]
+    return out, whole
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one_though_one_batch_is_text_alone(runs, kind):
+    out, _ = runs
+    expected = losses(out / "whole")
+    assert losses(out / kind) == pytest.approx(expected[: script.SAVED], rel=1e-4)
+    assert len({round(loss, 3) for loss in expected}) == script.STEPS
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_goes_on_in_one(runs, kind):
+    out, whole = runs
+    trained = script.train(out / kind, World())
+    assert losses(out / kind) == pytest.approx(losses(out / "whole"), rel=1e-4)
+    for name, value in trained.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_checkpoint_of_one_goes_on_in_two(runs):
+    out, _ = runs
+    assert losses(out / "one") == pytest.approx(losses(out / "whole"), rel=1e-4)
