@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medvl_sam2.engine.volumes import InputError, Volume, read_mask, read_volume
+from medvl_sam2.training.mask_metrics import Region, label_regions, region
 from medvl_sam2.training.phantom import EVALUATION_SEED_START, FINDINGS, STRUCTURES, make_phantom
 from medvl_sam2.training.phantom_findings import MASKED
 
@@ -36,14 +37,19 @@ class TruthCase:
     Attributes:
         name: For tables.
         volume: The scan.
-        masks: Structure or finding name to (Z, Y, X) bool mask, canonical.
+        regions: Structure or finding name to its mask, canonical.
         facts: Facts of a phantom, None for a real scan.
     """
 
     name: str
     volume: Volume
-    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
     facts: dict[str, Any] | None = None
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """Whole (Z, Y, X) bool masks by name."""
+        return {name: region.whole() for name, region in self.regions.items()}
 
 
 def phantom_case(seed: int) -> TruthCase:
@@ -59,10 +65,10 @@ def phantom_case(seed: int) -> TruthCase:
     structures, findings = (
         Volume.from_array(labels, affine=native.affine).voxels for labels in (native.structures, native.findings)
     )
-    masks = {name: structures == STRUCTURES[name] for name in phantom.facts["structures"]}
-    masks |= {name: findings == FINDINGS[name] for name in MASKED if (findings == FINDINGS[name]).any()}
+    regions = label_regions(structures, {name: STRUCTURES[name] for name in phantom.facts["structures"]})
+    regions |= label_regions(findings, {name: FINDINGS[name] for name in MASKED})
     volume = Volume.from_array(native.voxels, affine=native.affine, modality="CT")
-    return TruthCase(f"phantom {seed}", volume, masks, phantom.facts)
+    return TruthCase(f"phantom {seed}", volume, regions, phantom.facts)
 
 
 def folder_cases(directory: Path) -> Iterator[TruthCase]:
@@ -85,7 +91,7 @@ def folder_cases(directory: Path) -> Iterator[TruthCase]:
         raise InputError(f"{directory}: expected folders with a scan, a mask named *seg* and labels.json, got none")
 
 
-def _truth(path: Path, volume: Volume) -> dict[str, np.ndarray]:
+def _truth(path: Path, volume: Volume) -> dict[str, Region]:
     names = json.loads((path / "labels.json").read_text())
     masks: dict[str, np.ndarray] = {}
     for file in sorted(
@@ -103,7 +109,7 @@ def _truth(path: Path, volume: Volume) -> dict[str, np.ndarray]:
                 continue
             mask = labels == int(value)
             masks[name] = masks[name] | mask if name in masks else mask
-    return {name: mask for name, mask in masks.items() if mask.any()}
+    return {name: region(mask) for name, mask in masks.items() if mask.any()}
 
 
 def structure_name(label: str) -> str | None:

@@ -3,8 +3,7 @@
 import json
 import logging
 import multiprocessing
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,27 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from medvl_sam2.engine.engine import MedVLEngine
+from medvl_sam2.engine.segmentation import Segmentation, label_map
 from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.training.cases import TruthCase, folder_cases, phantom_case
+from medvl_sam2.training.mask_metrics import Region, dice, region, soft_dice, surface_dice
 from medvl_sam2.training.phantom import STRUCTURES
 from medvl_sam2.training.questions import answer_is_right, hidden_structures, make_questions, shown_structures
-from medvl_sam2.training.reports import facts_findings, report_findings
+from medvl_sam2.training.reports import facts_findings, report_findings, write_report
+from medvl_sam2.training.summary import summarise, write_tables
 from medvl_sam2.training.terms import FINDING_TERMS
 
 logger = logging.getLogger(__name__)
 
-SMALL = ("left adrenal gland", "right adrenal gland", "pancreas", "gallbladder", "lung_nodule", "liver_lesion")
-LARGE_ML = 20.0
+TASKS = ("report", "vqa", "segmentation")
+# Asked for by name only: the objects once more with point and box alone, which takes long.
+PROMPTS = "prompts"
+# Surfaces this close count as one, as TotalSegmentator's authors count them (arXiv 2208.05868).
+TOLERANCE_MM = 3.0
 # Objects per scan that are asked for with a box and a point as well: these run one at a time.
-_MARKED = 6
+_MARKED, _MARKED_FOR_PROMPTS = 6, 12
+# Long answers per scan: each takes as long as many short ones.
+_LONG = 2
 
 
 def run(
@@ -36,6 +43,7 @@ def run(
     seeds: Iterable[int] = range(1_000_000, 1_000_200),
     out: str | Path | None = None,
     processes: int = 1,
+    tasks: Sequence[str] = TASKS,
 ) -> dict[str, Any]:
     """Evaluate a model.
 
@@ -43,146 +51,166 @@ def run(
         model: Preset with weights, or model directory.
         data: "phantom", or a folder of real CTs with masks and labels.json.
         seeds: Phantoms, from 1,000,000 on.
-        out: Folder for `scans.jsonl` (a line per scan) and `summary.json`.
+        out: Folder for `scans.jsonl` (a line per scan), `summary.json`, `objects.csv`, `classes.csv` and `dice.png`.
         processes: Scans at a time.
+        tasks: Of `TASKS`, or "prompts": segmentation with point and box alone beside those with the name. Real scans
+            have truth for the last two.
 
     Returns:
-        The measures, by name; Dice values are means over scans at the scan's own resolution.
+        The measures, by name, with their 95 % bootstrap intervals under "intervals"; Dice values are means over
+        objects at the scan's own resolution.
+
+    Raises:
+        ValueError: An unknown task.
     """
+    if unknown := [task for task in tasks if task not in (*TASKS, PROMPTS)]:
+        raise ValueError(f"task: expected {', '.join((*TASKS, PROMPTS))}, got {unknown[0]!r}")
     if str(data) == "phantom":
-        rows = _run_phantoms(str(model), list(seeds), processes)
+        rows = _run_phantoms(str(model), list(seeds), processes, tuple(tasks))
     else:
         engine = MedVLEngine.from_pretrained(model)
-        rows = [evaluate_case(engine, case) for case in tqdm(folder_cases(Path(data)), desc="scans", disable=None)]
-    summary = {"model": str(model), "data": str(data), "scans": len(rows), **summarise(rows)}
+        scans = tqdm(folder_cases(Path(data)), desc="scans", disable=None)
+        rows = [evaluate_case(engine, case, tasks) for case in scans]
+    summary = {
+        "model": str(model),
+        "data": str(data),
+        "scans": len(rows),
+        "tolerance_mm": TOLERANCE_MM,
+        **summarise(rows),
+    }
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         Path(out, "scans.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         Path(out, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_tables(rows, summary, Path(out))
     return summary
 
 
-def _run_phantoms(model: str, seeds: list[int], processes: int) -> list[dict[str, Any]]:
+def _run_phantoms(model: str, seeds: list[int], processes: int, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
     if processes == 1:
-        _start_worker(model, 0)
+        _start_worker(model, 0, tasks)
         return [_phantom_row(seed) for seed in tqdm(seeds, desc="phantoms", disable=None)]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _start_worker, (model, 1)) as pool:
+    with context.Pool(processes, _start_worker, (model, 1, tasks)) as pool:
         return list(tqdm(pool.imap(_phantom_row, seeds), total=len(seeds), desc="phantoms", disable=None))
 
 
-_engine: MedVLEngine | None = None
+_worker: tuple[MedVLEngine, tuple[str, ...]] | None = None
 
 
-def _start_worker(model: str, threads: int) -> None:
-    global _engine
+def _start_worker(model: str, threads: int, tasks: tuple[str, ...]) -> None:
+    global _worker
     if threads:
         torch.set_num_threads(threads)
-    _engine = MedVLEngine.from_pretrained(model)
+    _worker = MedVLEngine.from_pretrained(model), tasks
 
 
 def _phantom_row(seed: int) -> dict[str, Any]:
-    return evaluate_case(_engine, phantom_case(seed))
+    assert _worker is not None
+    return evaluate_case(_worker[0], phantom_case(seed), _worker[1])
 
 
-def evaluate_case(engine: MedVLEngine, case: TruthCase) -> dict[str, Any]:
+def evaluate_case(engine: MedVLEngine, case: TruthCase, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
     """All measures of one scan, as a JSON-able row."""
     session = engine.open(case.volume)
-    rng = np.random.default_rng([7, 0 if case.facts is None else case.facts["seed"]])
-    row: dict[str, Any] = {"name": case.name, "objects": _segmentations(session, case, rng)}
-    if case.facts is not None:
-        row |= _language(session, case.facts, rng)
+    # Each task draws for itself, so that its numbers do not depend on which others run.
+    seed = 0 if case.facts is None else case.facts["seed"]
+    row: dict[str, Any] = {"name": case.name, "objects": []}
+    if PROMPTS in tasks:
+        row["objects"] = _segmentations(
+            session, case, np.random.default_rng([7, seed]), _MARKED_FOR_PROMPTS, alone=True
+        )
+    elif "segmentation" in tasks:
+        row["objects"] = _segmentations(session, case, np.random.default_rng([7, seed]), _MARKED)
+        if case.facts is not None:
+            hidden = hidden_structures(case.facts)
+            refused = [found.absent for found in session.segment_all(hidden)] if hidden else []
+            row["absent"] = dict(zip(hidden, refused))
+    if case.facts is not None and "report" in tasks:
+        row |= _report(session, case.facts, np.random.default_rng([8, seed]))
+    if case.facts is not None and "vqa" in tasks:
+        row["questions"] = _questions(session, case.facts, np.random.default_rng([9, seed]))
     session.release()
     return row
 
 
-def _segmentations(session: VolumeSession, case: TruthCase, rng: np.random.Generator) -> list[dict[str, Any]]:
-    names = list(case.masks)
+def _segmentations(
+    session: VolumeSession, case: TruthCase, rng: np.random.Generator, count: int, *, alone: bool = False
+) -> list[dict[str, Any]]:
+    names = list(case.regions)
     if case.facts is not None:
         shown = set(shown_structures(case.facts))
         names = [name for name in names if name in shown or name not in STRUCTURES]
     requests = [_request(name) for name in names]
     objects = []
-    marked = set(rng.permutation(len(names))[:_MARKED].tolist())
+    marked = set(rng.permutation(len(names))[:count].tolist())
     for i, (name, found) in enumerate(zip(names, session.segment_all(requests) if names else [])):
-        mask = case.masks[name]
-        volume_ml = float(mask.sum() * case.volume.voxel_ml)
+        truth = case.regions[name]
         entry = {
             "name": name,
-            "volume_ml": round(volume_ml, 2),
+            "volume_ml": round(truth.voxels * case.volume.voxel_ml, 2),
             "called_absent": found.absent,
-            "text": found.dice(mask),
+            **_scores("text", found, truth),
+            "text_soft": _soft(found, truth),
         }
         if i in marked:
-            point, box = _marks(mask)
-            entry["box"] = session.segment(requests[i], box=box, space="index").dice(mask)
-            entry["point"] = session.segment(requests[i], points=[point], space="index").dice(mask)
+            point, box = _marks(truth)
+            entry |= _scores("box", session.segment(requests[i], box=box, space="index"), truth)
+            entry |= _scores("point", session.segment(requests[i], points=[point], space="index"), truth)
+            if alone:
+                entry |= _scores("box_alone", session.segment(box=box, space="index"), truth)
+                entry |= _scores("point_alone", session.segment(points=[point], space="index"), truth)
         objects.append(entry)
     return objects
+
+
+def _scores(mode: str, found: Segmentation, truth: Region) -> dict[str, float]:
+    # Values 0 and 1, so the labels are the mask as they stand, without a copy of the whole grid.
+    prediction = region(label_map([found]).view(bool))
+    surface = surface_dice(prediction, truth, found.volume.spacing, TOLERANCE_MM)
+    return {mode: dice(prediction, truth), f"{mode}_surface": surface}
+
+
+def _soft(found: Segmentation, truth: Region) -> float:
+    logits = found.gated_logits
+    return 0.0 if logits is None else soft_dice(logits.sigmoid().cpu().numpy(), truth, found.transform)
 
 
 def _request(name: str) -> str:
     return name if name in STRUCTURES else FINDING_TERMS[name].noun
 
 
-def _marks(mask: np.ndarray) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
+def _marks(truth: Region) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
     """A click in the depth of the largest slice, and the tight box; (x, y, z)."""
-    z = int(mask.sum((1, 2)).argmax())
-    depth = ndimage.distance_transform_edt(np.pad(mask[z], 1))[1:-1, 1:-1]
+    z = int(truth.mask.sum((1, 2)).argmax())
+    depth = ndimage.distance_transform_edt(np.pad(truth.mask[z], 1))[1:-1, 1:-1]
     y, x = np.unravel_index(depth.argmax(), depth.shape)
-    bounds = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return (int(x), int(y), z, 1), (*(s.start for s in bounds[::-1]), *(s.stop - 1 for s in bounds[::-1]))
+    z0, y0, x0 = (s.start for s in truth.box)
+    box = (x0, y0, z0, *(s.stop - 1 for s in truth.box[::-1]))
+    return (int(x) + x0, int(y) + y0, z + z0, 1), box
 
 
-def _language(session: VolumeSession, facts: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+def _report(session: VolumeSession, facts: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     report = session.report().text
     told, true = report_findings(report), facts_findings(facts)
-    questions = []
-    for question in make_questions(facts, rng):
-        if question.kind == "long":
-            continue
-        answer = session.ask(question.text, question.choices).text
-        questions.append({"kind": question.kind, "topic": question.topic, "right": answer_is_right(question, answer)})
-    hidden = hidden_structures(facts)
-    refused = [found.absent for found in session.segment_all(hidden)] if hidden else []
     return {
         "report": report,
+        "reference": write_report(facts, rng),
         "findings": {"right": len(told & true), "told": len(told), "true": len(true)},
         "missed": sorted(map(str, true - told)),
         "invented": sorted(map(str, told - true)),
-        "questions": questions,
-        "absent": dict(zip(hidden, refused)),
     }
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Measures over all scans."""
-    per_class: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    large: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for entry in row["objects"]:
-            for mode in ("text", "box", "point"):
-                if mode not in entry:
-                    continue
-                per_class[entry["name"]][mode].append(entry[mode])
-                if entry["name"] in STRUCTURES and entry["volume_ml"] >= LARGE_ML:
-                    large[mode].append(entry[mode])
-    objects = [entry for row in rows for entry in row["objects"] if entry["name"] in STRUCTURES]
-    summary: dict[str, Any] = {f"dice_{mode}": _mean(values) for mode, values in sorted(large.items())}
-    summary["present_called_absent"] = _mean([entry["called_absent"] for entry in objects])
-    if any("report" in row for row in rows):
-        questions = [question for row in rows for question in row["questions"]]
-        for kind in ("multiple_choice", "short"):
-            summary[f"{kind}_accuracy"] = _mean([q["right"] for q in questions if q["kind"] == kind])
-        counts = {key: sum(row["findings"][key] for row in rows) for key in ("right", "told", "true")}
-        summary["findings_f1"] = 2 * counts["right"] / max(1, counts["told"] + counts["true"])
-        summary["absent_refused"] = _mean([refused for row in rows for refused in row["absent"].values()])
-    summary["dice_per_class"] = {
-        name: {mode: _mean(values) for mode, values in modes.items()} | {"scans": len(modes["text"])}
-        for name, modes in sorted(per_class.items())
-    }
-    return summary
-
-
-def _mean(values: list[float] | list[bool]) -> float | None:
-    return round(float(np.mean(values)), 4) if values else None
+def _questions(session: VolumeSession, facts: dict[str, Any], rng: np.random.Generator) -> list[dict[str, Any]]:
+    rows, long = [], 0
+    for question in make_questions(facts, rng):
+        if question.kind == "long":
+            long += 1
+            if long > _LONG:
+                continue
+        answer = session.ask(question.text, question.choices).text
+        right = None if question.kind == "long" else answer_is_right(question, answer)
+        row = {"kind": question.kind, "topic": question.topic, "right": right}
+        rows.append({**row, "question": question.text, "answer": answer, "truth": question.answer})
+    return rows

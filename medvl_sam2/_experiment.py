@@ -1,0 +1,51 @@
+"""`experiment`: the paper's claims tested at the tiny scale. The options import nothing heavy."""
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+Result = tuple[dict[str, Any], str]
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Options of `experiment`."""
+    parser.add_argument("experiment", choices=("projector", "prompts", "stages"))
+    parser.add_argument("--out", type=Path, default=Path("experiments"), metavar="DIR", help="default: experiments")
+    parser.add_argument(
+        "--config", default="experiment", metavar="NAME|YAML", help="budget of one arm (default: experiment)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the budget")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (default: 3)")
+    parser.add_argument("--scans", type=int, default=24, metavar="N", help="unseen phantoms per run (default: 24)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="scans measured at a time (default: 2)")
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="run whose pre-trained parts are taken; trained anew by default"
+    )
+    parser.add_argument("--model", metavar="NAME|DIR", help="prompts only: measure this model instead of training")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="results of all experiments (default: OUT/README.md)")
+
+
+def experiment(args: Namespace) -> Result:
+    """Run it, and write the page."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from medvl_sam2.engine.files import make_folder
+    from medvl_sam2.engine.geometry import InputError
+    from medvl_sam2.training.config import load_config
+    from medvl_sam2.training.experiment_page import write_page
+    from medvl_sam2.training.experiments import Lab, run
+
+    if args.model and args.experiment != "prompts":
+        raise InputError(f"model: only the prompts experiment measures a ready model, not {args.experiment}")
+    if min(args.seeds - 1, args.scans, args.processes) < 1:
+        raise InputError("seeds, scans, processes: expected 2 or more seeds, 1 or more of the others")
+    try:
+        config = load_config(args.config, args.set)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    disable_progress_bar()
+    lab = Lab(make_folder(args.out), config, range(args.seeds), args.scans, args.processes, args.base)
+    result = run(args.experiment, lab, args.model)
+    page = write_page(args.out, args.page or args.out / "README.md")
+    return {"page": page, **result}, f"Results of {args.experiment} written to {page}"
