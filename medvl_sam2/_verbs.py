@@ -99,6 +99,26 @@ def demo(args: Namespace) -> Result:
     return run(_engine(args), make_folder(args.out), seed=args.seed)
 
 
+def batch(args: Namespace) -> Result:
+    """A line per scan."""
+    from medvl_sam2.engine.batch import Job, run
+
+    if args.workers < 1:
+        raise InputError(f"workers: expected 1 or more, got {args.workers}")
+    disable_progress_bar()
+    job = Job(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        targets=tuple(args.target),
+        questions=tuple(args.question),
+        report=args.report,
+    )
+    summary = run(args.folder, args.out, job, workers=args.workers)
+    text = "{scans} scans: {done} done, {skipped} done before, {failed} failed; see {results}"
+    return summary, text.format(**summary)
+
+
 def serve(args: Namespace) -> Result:
     """A server, until it is told to stop."""
     try:
@@ -106,7 +126,7 @@ def serve(args: Namespace) -> Result:
         from medvl_sam2.engine.server.auth import ApiKeys, check_host
     except ModuleNotFoundError as error:
         raise InputError(f"serve: needs the package {error.name}; pip install 'medvl-sam2[server]'") from error
-    for name in ("workers", "timeout", "expire", "max_upload"):
+    for name in ("workers", "timeout", "expire", "max_upload", "replicas"):
         if getattr(args, name) <= 0:
             raise InputError(f"{name}: expected more than 0, got {getattr(args, name):g}")
     if args.queue < 0 or not 0 <= args.port < 65536:
@@ -114,19 +134,23 @@ def serve(args: Namespace) -> Result:
     keys = ApiKeys.load(args.keys)
     # Before the model is loaded: most mistakes show here.
     check_host(args.host, keys)
-    run(
-        _engine(args),
-        Path(args.model).name,
-        host=args.host,
-        port=args.port,
-        data=args.data,
-        keys=keys,
-        workers=args.workers,
-        waiting=args.queue,
-        timeout=args.timeout,
-        expire=args.expire,
-        max_upload=int(args.max_upload * 1e6),
-    )
+    limits = {
+        "workers": args.workers,
+        "waiting": args.queue,
+        "timeout": args.timeout,
+        "expire": args.expire,
+        "max_upload": int(args.max_upload * 1e6),
+    }
+    place = {"host": args.host, "port": args.port, "data": args.data, "keys": keys}
+    if args.ray:
+        from medvl_sam2.engine.server.replicas import serve_replicas
+
+        if args.data is None:
+            raise InputError("serve --ray: needs --data DIR, a folder that every replica reaches")
+        engine = {"device": args.device, "dtype": args.dtype, "language_backend": args.language_backend}
+        serve_replicas(args.model, replicas=args.replicas, engine=engine, limits=limits, **place)
+    else:
+        run(_engine(args), Path(args.model).name, **place, **limits)
     return {"model": args.model, "stopped": True}, "Stopped."
 
 
@@ -176,14 +200,31 @@ def evaluate(args: Namespace) -> Result:
 
 
 def convert(args: Namespace) -> Result:
-    """A model directory from public checkpoints."""
+    """A model directory from public checkpoints, or the LLM of a model for another runtime."""
+    if args.runtime is not None:
+        return _export(args)
     from medvl_sam2.model.convert import convert as join
 
+    if missing := [f"--{name}" for name in ("vit", "llm", "sam2", "output") if getattr(args, name) is None]:
+        raise InputError(f"convert: expected {', '.join(missing)} as well; see medvl-sam2 convert --help")
     disable_progress_bar()
     with new_folder(args.output) as folder, _input_errors():
         config = join(vit=args.vit, llm=args.llm, sam2=args.sam2, out=folder, image_size=args.image_size)
     document = {"model": args.output, "config": config.to_dict()}
     return document, f"Model written to {args.output}; its projector, LoRA and [SEG] bridge are untrained."
+
+
+def _export(args: Namespace) -> Result:
+    from medvl_sam2.model.export import EXPORTED, export_language
+    from medvl_sam2.model.modeling import MedVLSAM2
+
+    if args.model is None or (args.output is None and not Path(args.model).is_dir()):
+        raise InputError("convert --for vllm: expected --model DIR, or --model NAME with -o DIR")
+    disable_progress_bar()
+    output = args.output or Path(args.model) / EXPORTED
+    with new_folder(output) as folder, _input_errors():
+        export_language(MedVLSAM2.from_pretrained(args.model).language, folder, merge=args.merge)
+    return {"model": args.model, "language": output}, f"Language model written to {output}"
 
 
 def info(args: Namespace) -> Result:
@@ -196,7 +237,8 @@ def info(args: Namespace) -> Result:
 
 def _engine(args: Namespace) -> MedVLEngine:
     disable_progress_bar()
-    return MedVLEngine.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    backend = getattr(args, "language_backend", "transformers")
+    return MedVLEngine.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_backend=backend)
 
 
 def _scan(args: Namespace) -> Volume:

@@ -26,6 +26,7 @@ VERBS = {
     ),
     "ask": ("answer a question about a scan", _options.ask, "medvl_sam2._verbs:ask"),
     "report": ("write a report of a scan", _options.report, "medvl_sam2._verbs:report"),
+    "batch": ("process a folder of scans", _options.batch, "medvl_sam2._verbs:batch"),
     "serve": ("serve chat, masks and reports over HTTP", _options.serve, "medvl_sam2._verbs:serve"),
     "phantom": ("make a procedural CT with its truth", _options.phantom, "medvl_sam2._verbs:phantom"),
     "data": ("index, check, count and prepare data sets for training", _data.options, "medvl_sam2._data:run"),

@@ -1,10 +1,13 @@
 """The application, and the process that serves it."""
 
 import asyncio
+import copy
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -95,9 +98,21 @@ def serve(
             app,
             host=host,
             port=port,
-            log_level="info",
+            log_config=_log_config(),
             timeout_graceful_shutdown=int(settings.grace),
             server_header=False,
         )
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run()
+        # uvicorn sends itself the signal again once all has ended, which must not stop the tidying up here.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _log_config() -> dict[str, Any]:
+    """uvicorn's own, all of it to stderr: stdout is for the command's result."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return config

@@ -3,15 +3,16 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
-from medvl_sam2.engine.server.errors import as_api_error
+from medvl_sam2.engine.segmentation import Segmentation
+from medvl_sam2.engine.server.errors import Cancelled, as_api_error
 from medvl_sam2.engine.server.masks import StoredMask, describe
 from medvl_sam2.engine.server.metrics import Metrics
-from medvl_sam2.engine.server.queue import Cancelled
 from medvl_sam2.engine.server.schemas import (
     ChatAnswer,
     ChatCompletion,
@@ -69,27 +70,32 @@ class Chat:
         tokens = 0
         with self.store.using(self.volume) as session:
             before = dict(session.stages)
+            events = session.chat(words[-1], history=history, max_tokens=self.body.limit, cancel=cancel)
             try:
-                for event in session.chat(words[-1], history=history, max_tokens=self.body.limit, cancel=cancel):
-                    if cancel.is_set():
-                        raise Cancelled
-                    if not tokens and event.tokens:
-                        self.metrics.first_token_seconds.observe(time.perf_counter() - self.asked)
-                    tokens = event.tokens
-                    mask = None
-                    if event.segmentation is not None:
-                        stored = StoredMask.of(event.segmentation, event.segmentation.name)
-                        self.store.keep(self.volume, stored)
-                        self.metrics.masks.inc()
-                        mask = describe(stored, event.segmentation, self.volume.id)
-                    usage = None
-                    if event.finish:
-                        prompt = session.prefix_tokens + len(session.prompt_ids(words[-1], history))
-                        usage = Usage(prompt_tokens=prompt, completion_tokens=tokens, total_tokens=prompt + tokens)
-                    yield Piece(event.text, mask, event.finish, usage)
+                # Closed in any case, so that the language backend lets go of a request that nobody waits for.
+                with closing(events):
+                    for event in events:
+                        if cancel.is_set():
+                            raise Cancelled
+                        if not tokens and event.tokens:
+                            self.metrics.first_token_seconds.observe(time.perf_counter() - self.asked)
+                        tokens = event.tokens
+                        usage = None
+                        if event.finish:
+                            prompt = session.prefix_tokens + len(session.prompt_ids(words[-1], history))
+                            usage = Usage(prompt_tokens=prompt, completion_tokens=tokens, total_tokens=prompt + tokens)
+                        yield Piece(event.text, self._mask(event.segmentation), event.finish, usage)
             finally:
                 self.metrics.tokens.inc(tokens)
                 self.metrics.observe_work(session.stages.since(before))
+
+    def _mask(self, found: Segmentation | None) -> Mask | None:
+        if found is None:
+            return None
+        stored = StoredMask.of(found, found.name)
+        self.store.keep(self.volume, stored)
+        self.metrics.masks.inc()
+        return describe(stored, found, self.volume.id)
 
     def whole(self, cancel: Event) -> ChatCompletion:
         """Compute the answer; runs in a worker."""
@@ -103,28 +109,23 @@ class Chat:
             **self._head, choices=[Choice(message=answer, finish_reason=last.finish)], usage=last.usage
         )
 
-    async def events(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
+    async def events(self, pieces: AsyncGenerator[Piece, None]) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
         head = {**self._head, "usage": None} if with_usage else self._head
         yield _event(chunk(head, {"role": "assistant", "content": ""}))
         try:
-            async for piece in pieces:
-                if piece.text:
-                    yield _event(chunk(head, {"content": piece.text}))
-                if piece.mask is not None:
-                    yield _event(chunk(head, {"segmentation": piece.mask.model_dump()}))
-                if piece.finish:
-                    yield _event(chunk(head, {}, piece.finish))
-                    if with_usage:
-                        yield _event(
-                            {
-                                **head,
-                                "object": "chat.completion.chunk",
-                                "choices": [],
-                                "usage": piece.usage.model_dump(),
-                            }
-                        )
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    if piece.text:
+                        yield _event(chunk(head, {"content": piece.text}))
+                    if piece.mask is not None:
+                        yield _event(chunk(head, {"segmentation": piece.mask.model_dump()}))
+                    if piece.finish:
+                        yield _event(chunk(head, {}, piece.finish))
+                        if with_usage:
+                            usage = {"choices": [], "usage": piece.usage.model_dump()}
+                            yield _event({**head, "object": "chat.completion.chunk", **usage})
         except Exception as error:
             # The status has been sent, so the error is an event.
             yield _event(as_api_error(error).body())

@@ -57,6 +57,13 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+class Cancelled(ApiError):
+    """Work that was ended before it was done: nobody waits for it, or the server stops."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "cancelled", "the server is shutting down; come again", {"Retry-After": "30"})
+
+
 def disk_full(cause: Exception) -> ApiError:
     """The answer when a file of the server's own cannot be written; the cause is logged."""
     logger.error("the disk takes no more: %s", cause)

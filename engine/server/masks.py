@@ -1,5 +1,7 @@
-"""Masks as users get them: run lengths, bounding box, NIfTI."""
+"""Masks as users get them (run lengths, bounding box, NIfTI), and as the server keeps them."""
 
+import json
+import re
 import secrets
 import tempfile
 from dataclasses import dataclass
@@ -7,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from medvl_sam2.engine.files import replacing
 from medvl_sam2.engine.geometry import InputError, Space, Volume
 from medvl_sam2.engine.masks import write_mask
 from medvl_sam2.engine.segmentation import Segmentation
-from medvl_sam2.engine.server.errors import disk_full
+from medvl_sam2.engine.server.errors import ApiError, disk_full
 from medvl_sam2.engine.server.schemas import Mask, Rle
+
+_ID = re.compile(r"mask_[0-9a-f]{16}")
+_ABOUT = ("name", "target", "points", "box", "space", "absent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +56,38 @@ class StoredMask:
         """Keep a segmentation under a new id."""
         identity = f"mask_{secrets.token_hex(8)}"
         return cls(identity, found.name, target, points, box, space, run_lengths(found.mask.ravel()), found.absent)
+
+    def save(self, folder: Path) -> None:
+        """Write it beside its scan.
+
+        Raises:
+            ApiError: 507 when the disk is full.
+        """
+        about = {name: getattr(self, name) for name in _ABOUT}
+        try:
+            with replacing(folder / f"{self.id}.npz") as part, part.open("wb") as stream:
+                np.savez(stream, counts=self.counts, about=np.array(json.dumps(about)))
+        except InputError as error:
+            # A scan that has been deleted meanwhile keeps no masks.
+            if folder.is_dir():
+                raise disk_full(error) from error
+
+    @classmethod
+    def load(cls, folder: Path, identity: str) -> "StoredMask":
+        """Read a mask of a scan.
+
+        Raises:
+            ApiError: 404 when there is none.
+        """
+        path = folder / f"{identity}.npz"
+        if not _ID.fullmatch(identity) or not path.is_file():
+            raise ApiError(404, "mask_not_found", f"mask {identity!r}: no such mask of this scan; segment again")
+        with np.load(path) as content:
+            about = json.loads(str(content["about"]))
+            counts = content["counts"]
+        points = tuple(map(tuple, about.pop("points")))
+        box = about.pop("box")
+        return cls(id=identity, points=points, box=box and tuple(box), counts=counts, **about)
 
     def nifti(self, volume: Volume) -> bytes:
         """The mask as a .nii.gz on the grid of the scan's own file.

@@ -4,23 +4,19 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError
+from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError, Cancelled
 from medvl_sam2.engine.server.metrics import Metrics
 from medvl_sam2.engine.server.settings import ServerSettings
 
 T = TypeVar("T")
 _END = object()
-
-
-class Cancelled(Exception):
-    """Work that nobody waits for any more."""
 
 
 class RequestQueue:
@@ -68,7 +64,7 @@ class RequestQueue:
             cancel.set()
             future.cancel()
 
-    async def stream(self, request: Request, work: Callable[[threading.Event], Iterator[T]]) -> AsyncIterator[T]:
+    async def stream(self, request: Request, work: Callable[[threading.Event], Iterator[T]]) -> AsyncGenerator[T, None]:
         """Items of `work` as they come; returns once the first is there, so that early errors are still answers.
 
         Raises:
@@ -93,7 +89,7 @@ class RequestQueue:
         cancel, future = self._submit(pump)
         deadline = self._deadline()
 
-        async def rest(item: Any) -> AsyncIterator[T]:
+        async def rest(item: Any) -> AsyncGenerator[T, None]:
             try:
                 while item is not _END:
                     if isinstance(item, Exception):

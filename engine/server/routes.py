@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect
 from medvl_sam2 import __version__
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.server.chat import Chat
-from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError, responses
+from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError, Cancelled, responses
 from medvl_sam2.engine.server.masks import StoredMask, describe
 from medvl_sam2.engine.server.metrics import Metrics
-from medvl_sam2.engine.server.queue import Cancelled, RequestQueue
+from medvl_sam2.engine.server.queue import RequestQueue
 from medvl_sam2.engine.server.schemas import (
     ChatCompletion,
     ChatRequest,
@@ -183,7 +183,7 @@ async def segment(server: Shared, request: Request, volume: Owned, body: Segment
     """
     target, points, box, space = body.target, body.points or [], body.box, body.space
     if body.mask_id is not None:
-        refined = _mask(volume, body.mask_id)
+        refined = StoredMask.load(volume.folder, body.mask_id)
         if "space" in body.model_fields_set and space != refined.space:
             raise ApiError(400, "invalid_input", f"space: expected {refined.space!r} as in the mask, got {space!r}")
         target, points, box, space = refined.target, [*refined.points, *points], refined.box, refined.space
@@ -217,7 +217,7 @@ async def get_mask(
     server: Shared, request: Request, volume: Owned, mask_id: Annotated[str, Path(max_length=100)]
 ) -> Response:
     """A mask as .nii.gz on the scan's own grid."""
-    stored = _mask(volume, mask_id)
+    stored = StoredMask.load(volume.folder, mask_id)
 
     def work(_: Event) -> Response:
         with server.store.using(volume) as session:
@@ -256,12 +256,6 @@ def new_server(engine: MedVLEngine, model: str, settings: ServerSettings) -> Ser
 def _check_model(server: Server, name: str) -> None:
     if name != server.model:
         raise ApiError(404, "model_not_found", f"model: {name!r} is not served; expected {server.model!r}")
-
-
-def _mask(volume: StoredVolume, mask_id: str) -> StoredMask:
-    if mask_id not in volume.masks:
-        raise ApiError(404, "mask_not_found", f"mask {mask_id!r}: no such mask of this scan; segment again")
-    return volume.masks[mask_id]
 
 
 def _nifti(stored: StoredMask, content: bytes) -> Response:

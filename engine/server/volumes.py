@@ -1,14 +1,19 @@
-"""The scans that users have uploaded: on disk under names of our own, each its owner's, gone when not used."""
+"""The scans that users have uploaded: on disk under names of our own, each its owner's, gone when not used.
+
+The disk is the only record, so a restarted server, and every one of several that share a folder, knows the same scans.
+"""
 
 import json
 import logging
+import os
+import re
 import secrets
 import shutil
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +23,8 @@ from starlette.concurrency import run_in_threadpool
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.files import make_folder, write_text
 from medvl_sam2.engine.geometry import InputError
-from medvl_sam2.engine.server.errors import ApiError, disk_full
+from medvl_sam2.engine.server.errors import ApiError, Cancelled, disk_full
 from medvl_sam2.engine.server.masks import StoredMask
-from medvl_sam2.engine.server.queue import Cancelled
 from medvl_sam2.engine.server.schemas import VolumeInfo
 from medvl_sam2.engine.server.settings import ServerSettings
 from medvl_sam2.engine.server.uploads import Upload, check_promises, suffix_for
@@ -28,11 +32,12 @@ from medvl_sam2.engine.session import VolumeSession
 
 logger = logging.getLogger(__name__)
 _RECORD = "volume.json"
+_ID = re.compile(r"vol_[0-9a-f]{24}")
 _HEAD = 8
 _BLOCK = 1 << 20
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class StoredVolume:
     """A scan on disk.
 
@@ -43,20 +48,19 @@ class StoredVolume:
         path: The file.
         created: Unix time.
         about: Shape, spacing and warnings, for its owner.
-        used: Unix time of the last use.
-        users: Requests at work on it.
-        masks: Masks made of it, the oldest first.
     """
 
     id: str
     owner: str
     name: str
     path: Path
-    created: float
+    created: int
     about: dict[str, Any] = field(default_factory=dict)
-    used: float = field(default_factory=time.time)
-    users: int = 0
-    masks: "OrderedDict[str, StoredMask]" = field(default_factory=OrderedDict)
+
+    @property
+    def folder(self) -> Path:
+        """Holds the file, the record and the masks."""
+        return self.path.parent
 
 
 class VolumeStore:
@@ -64,7 +68,7 @@ class VolumeStore:
 
     Args:
         engine: Reads them.
-        settings: Limits, and the folder. Scans in it from an earlier run are taken over, halves of uploads removed.
+        settings: Limits, and the folder.
 
     Raises:
         InputError: The folder cannot be written.
@@ -76,27 +80,41 @@ class VolumeStore:
         # Scans are patients' data.
         self._folder.chmod(0o700)
         self._lock = threading.Lock()
-        self._volumes: dict[str, StoredVolume] = {}
-        for folder in sorted(self._folder.glob("vol_*")):
-            self._restore(folder)
+        self._users: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._volumes)
+        return sum(1 for _ in self._folder.glob(f"vol_*/{_RECORD}"))
 
     def info(self, volume: StoredVolume) -> VolumeInfo:
-        """What its owner is told of a scan."""
+        """What its owner is told of a scan.
+
+        Raises:
+            ApiError: 404 when it has been deleted in the meantime.
+        """
+        try:
+            used, size = (volume.folder / _RECORD).stat().st_mtime, volume.path.stat().st_size
+        except FileNotFoundError as error:
+            raise _missing(volume.id) from error
+        expires = int(used + self._settings.expire)
         return VolumeInfo(
-            id=volume.id,
-            name=volume.name,
-            bytes=volume.path.stat().st_size,
-            created=int(volume.created),
-            expires=int(volume.used + self._settings.expire),
-            **volume.about,
+            id=volume.id, name=volume.name, bytes=size, created=volume.created, expires=expires, **volume.about
         )
 
     def of(self, owner: str) -> list[StoredVolume]:
         """Scans of an owner, the oldest first."""
-        return sorted((v for v in list(self._volumes.values()) if v.owner == owner), key=lambda v: v.created)
+        every = (self._load(folder.name) for folder in self._folder.glob("vol_*"))
+        return sorted((v for v in every if v is not None and v.owner == owner), key=lambda v: (v.created, v.id))
+
+    def get(self, identity: str, owner: str) -> StoredVolume:
+        """A scan of an owner.
+
+        Raises:
+            ApiError: 404 when there is none, or it is another's: nobody learns which.
+        """
+        volume = self._load(identity) if _ID.fullmatch(identity) else None
+        if volume is None or volume.owner != owner:
+            raise _missing(identity)
+        return volume
 
     def check_quota(self, owner: str) -> None:
         """Find out whether an owner may hold another scan.
@@ -120,13 +138,12 @@ class VolumeStore:
         try:
             folder.mkdir()
             part = folder / "scan"
-            size = await self._write(part, upload.chunks())
-            if size == 0:
+            if not await self._write(part, upload.chunks()):
                 raise ApiError(400, "invalid_upload", "file: it is empty")
             with part.open("rb") as stream:
                 path = part.with_name(f"scan{suffix_for(stream.read(_HEAD))}")
             part.rename(path)
-            return StoredVolume(identity, owner, upload.name, path, time.time())
+            return StoredVolume(identity, owner, upload.name, path, int(time.time()))
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno is not None:
@@ -152,105 +169,118 @@ class VolumeStore:
         """Read an upload whole and, if it is a usable scan, serve it; else delete it.
 
         Raises:
-            ApiError: 4xx with what is wrong with it.
+            ApiError: 4xx with what is wrong with it, 507 when the disk is full.
             Cancelled: Nobody waits for it any more.
         """
         try:
             check_promises(volume.path, self._settings)
-            session = self._open(volume)
-            scan = session.volume
-            volume.about = {
-                "shape": [int(n) for n in scan.source.shape[:3]],
-                "spacing_mm": [round(float(s), 5) for s in (scan.source.affine[:3, :3] ** 2).sum(0) ** 0.5],
-                "warnings": list(scan.warnings),
-            }
+            scan = self._open(volume).volume
             if scan.voxels.size > self._settings.max_voxels:
                 raise ApiError(413, "too_large", f"file: expected at most {self._settings.max_voxels} voxels")
-            record = {"owner": volume.owner, "name": volume.name, "file": volume.path.name, "about": volume.about}
-            try:
-                write_text(volume.path.parent / _RECORD, json.dumps(record))
-            except InputError as error:
-                raise disk_full(error) from error
+            volume.about.update(
+                shape=[int(n) for n in scan.source.shape[:3]],
+                spacing_mm=[round(float(s), 5) for s in (scan.source.affine[:3, :3] ** 2).sum(0) ** 0.5],
+                warnings=list(scan.warnings),
+            )
             with self._lock:
                 if cancel.is_set():
                     raise Cancelled
                 self.check_quota(volume.owner)
-                self._volumes[volume.id] = volume
+                self._record(volume)
             return self.info(volume)
         except BaseException:
-            self._engine.close(volume.path)
-            shutil.rmtree(volume.path.parent, ignore_errors=True)
+            self.delete(volume)
             raise
-
-    def get(self, identity: str, owner: str) -> StoredVolume:
-        """A scan of an owner.
-
-        Raises:
-            ApiError: 404 when there is none, or it is another's: nobody learns which.
-        """
-        volume = self._volumes.get(identity)
-        if volume is None or volume.owner != owner:
-            raise ApiError(404, "volume_not_found", f"volume {identity!r}: no such scan; upload it first")
-        return volume
 
     @contextmanager
     def using(self, volume: StoredVolume) -> Iterator[VolumeSession]:
-        """The session of a scan, which stays while the block runs.
+        """The session of a scan, which does not expire while the block runs.
 
         Raises:
             ApiError: 404 when it has been deleted in the meantime.
         """
         with self._lock:
-            self.get(volume.id, volume.owner)
-            volume.users += 1
-            volume.used = time.time()
+            self._users[volume.id] += 1
         try:
+            self.get(volume.id, volume.owner)
+            _touch(volume)
             yield self._open(volume)
         finally:
             with self._lock:
-                volume.users -= 1
-                volume.used = time.time()
+                self._users[volume.id] -= 1
+            _touch(volume)
 
     def keep(self, volume: StoredVolume, mask: StoredMask) -> None:
-        """Keep a mask for refinement and download."""
-        with self._lock:
-            volume.masks[mask.id] = mask
-            while len(volume.masks) > self._settings.max_masks:
-                volume.masks.popitem(last=False)
+        """Keep a mask for refinement and download, and drop the oldest beyond the limit.
+
+        Raises:
+            ApiError: 507 when the disk is full.
+        """
+        mask.save(volume.folder)
+        with suppress(FileNotFoundError):
+            files = sorted(volume.folder.glob("mask_*"), key=lambda file: file.stat().st_mtime_ns)
+            for file in files[: -self._settings.max_masks]:
+                file.unlink(missing_ok=True)
 
     def delete(self, volume: StoredVolume) -> None:
         """Delete a scan; requests at work on it still end well."""
-        with self._lock:
-            self._volumes.pop(volume.id, None)
+        # The record goes first: what is left of an interrupted deletion is served no more, and swept later.
+        (volume.folder / _RECORD).unlink(missing_ok=True)
         self._engine.close(volume.path)
-        shutil.rmtree(volume.path.parent, ignore_errors=True)
+        shutil.rmtree(volume.folder, ignore_errors=True)
 
     def expire(self) -> None:
-        """Delete what nobody has used for long."""
+        """Delete what nobody has used for long, and what is left of uploads that broke off."""
         end = time.time() - self._settings.expire
-        for volume in list(self._volumes.values()):
-            if volume.users == 0 and volume.used < end:
-                logger.info("volume %s has expired", volume.id)
-                self.delete(volume)
+        for folder in self._folder.glob("vol_*"):
+            volume = self._load(folder.name)
+            with suppress(FileNotFoundError):
+                if volume is None:
+                    if folder.stat().st_mtime < end:
+                        shutil.rmtree(folder, ignore_errors=True)
+                elif not self._users[volume.id] and (folder / _RECORD).stat().st_mtime < end:
+                    logger.info("volume %s has expired", volume.id)
+                    self.delete(volume)
 
     def _open(self, volume: StoredVolume) -> VolumeSession:
         try:
             return self._engine.open(volume.path)
         except InputError as error:
             # The path says where the server keeps its files, and nothing to the user.
-            message = str(error).replace(str(volume.path), "file").replace(str(volume.path.parent), "file")
+            message = str(error).replace(str(volume.path), "file").replace(str(volume.folder), "file")
             raise ApiError(400, "invalid_scan", message) from error
 
-    def _restore(self, folder: Path) -> None:
+    def _record(self, volume: StoredVolume) -> None:
+        document = {
+            "owner": volume.owner,
+            "name": volume.name,
+            "file": volume.path.name,
+            "created": volume.created,
+            "about": volume.about,
+        }
+        try:
+            write_text(volume.folder / _RECORD, json.dumps(document))
+        except InputError as error:
+            raise disk_full(error) from error
+
+    def _load(self, identity: str) -> StoredVolume | None:
+        folder = self._folder / identity
         try:
             record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-            path = folder / record["file"]
-            created = path.stat().st_mtime
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        volume = StoredVolume(folder.name, record["owner"], record["name"], path, created, record["about"])
-        self._volumes[volume.id] = volume
+        except FileNotFoundError:
+            return None
+        path = folder / record["file"]
+        return StoredVolume(identity, record["owner"], record["name"], path, record["created"], record["about"])
+
+
+def _missing(identity: str) -> ApiError:
+    return ApiError(404, "volume_not_found", f"volume {identity!r}: no such scan; upload it first")
+
+
+def _touch(volume: StoredVolume) -> None:
+    """Note the use of a scan where every server that shares the folder sees it."""
+    with suppress(FileNotFoundError):
+        os.utime(volume.folder / _RECORD)
 
 
 def _write_all(stream: Any, block: bytes) -> None:

@@ -1,6 +1,7 @@
 """Many users at once, and all the ways in which a request may end early."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from medvl_sam2.engine.language.base import Step
 from medvl_sam2.engine.server.auth import ApiKeys, check_host
 
 KEYS = ["alice-has-a-long-key", "bob-has-another-long-key"]
+NONE = "vol_" + "0" * 24
 QUESTION = [{"role": "user", "content": "What is seen?"}]
 
 
@@ -41,14 +43,16 @@ class Slow:
         word = engine.chat.answer("the")[0]
 
         def said(prefix, prompt, *, max_tokens=512, cancel=None):
-            for _ in range(max_tokens):
-                if cancel.is_set():
-                    self.cancelled += 1
-                    return
-                self.go.wait(30)
-                time.sleep(pause)
-                self.tokens += 1
-                yield Step(word)
+            left = max_tokens
+            try:
+                while left and not cancel.is_set():
+                    self.go.wait(30)
+                    time.sleep(pause)
+                    self.tokens += 1
+                    left -= 1
+                    yield Step(word)
+            finally:
+                self.cancelled += left > 0
 
         monkeypatch.setattr(engine.language, "generate", said)
 
@@ -83,12 +87,12 @@ def test_keys(make_app, scan, upload):
             answer = client.request(method, path, json=document, headers=bob)
             unknown = client.request(
                 method,
-                path.replace(volume, "vol_none"),
-                json=document and json.loads(json.dumps(document).replace(volume, "vol_none")),
+                path.replace(volume, NONE),
+                json=document and json.loads(json.dumps(document).replace(volume, NONE)),
                 headers=bob,
             )
             assert answer.status_code == 404
-            assert answer.text.replace(volume, "vol_none") == unknown.text, "nobody learns whose scan it is"
+            assert answer.text.replace(volume, NONE) == unknown.text, "nobody learns whose scan it is"
         assert client.get("/v1/volumes", headers=bob).json()["data"] == []
         assert client.get(url, headers=alice).status_code == 200
 
@@ -263,27 +267,48 @@ def test_restart_serves_the_scans_again(make_app, scan, upload, tmp_path):
     half = tmp_path / "data" / "vol_half"
     half.mkdir()
     (half / "scan").write_bytes(b"half of an upload")
-    with TestClient(make_app(KEYS)) as client:
+    os.utime(half, (0, 0))
+    app = make_app(KEYS)
+    with TestClient(app) as client:
         again = client.get(url, headers=bearer(KEYS[0])).json()
         assert {**again, "created": 0, "expires": 0} == {**about, "created": 0, "expires": 0}
         assert client.get(url, headers=bearer(KEYS[1])).status_code == 404
         assert client.post(f"{url}/segment", json=click, headers=bearer(KEYS[0])).json()["rle"] == mask["rle"]
-    assert not half.exists()
+        more = {"mask_id": mask["id"], "points": [[3, 3, 6, -1]]}
+        assert client.post(f"{url}/segment", json=more, headers=bearer(KEYS[0])).status_code == 200
+        app.state.server.store.expire()
+        assert not half.exists()
+        assert client.get(url, headers=bearer(KEYS[0])).status_code == 200
+
+
+def test_servers_that_share_a_folder_know_the_same_scans(make_app, scan, upload):
+    with TestClient(make_app()) as one, TestClient(make_app()) as other:
+        volume = upload(one, scan)["id"]
+        mask = one.post(f"/v1/volumes/{volume}/segment", json={"points": [[10, 12, 6]]}).json()
+        content = [c.get(f"/v1/volumes/{volume}/masks/{mask['id']}").content for c in (one, other)]
+        assert content[0] == content[1]
+        assert other.delete(f"/v1/volumes/{volume}").status_code == 200
+        assert one.post(f"/v1/volumes/{volume}/report").status_code == 404
 
 
 def test_scans_expire_when_not_used(make_app, scan, upload, tmp_path):
     app = make_app(expire=1000.0)
     store = app.state.server.store
+
+    def age(identity: str) -> None:
+        then = time.time() - 2000
+        os.utime(tmp_path / "data" / identity / "volume.json", (then, then))
+
     with TestClient(app) as client:
         old, used = upload(client, scan)["id"], upload(client, scan)["id"]
-        store._volumes[old].used -= 2000
-        store._volumes[used].used -= 2000
+        age(old)
+        age(used)
         assert client.post(f"/v1/volumes/{used}/report", json={"max_tokens": 1}).status_code == 200
         store.expire()
         assert [v["id"] for v in client.get("/v1/volumes").json()["data"]] == [used]
         assert client.post(f"/v1/volumes/{old}/report").status_code == 404
         assert not (tmp_path / "data" / old).exists()
         with store.using(store.get(used, "local")):
-            store._volumes[used].used -= 2000
+            age(used)
             store.expire()
         assert client.get(f"/v1/volumes/{used}").status_code == 200
