@@ -122,6 +122,9 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=C", help="override a setting; may be repeated"
     )
+    parser.add_argument(
+        "--until", metavar="PHASE", help="last of language, vision, sam2, stage1, stage2, stage3 (default: all)"
+    )
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +138,13 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write a line per scan and the summary there")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="scans at a time (default: 1)")
+    parser.add_argument(
+        "--task",
+        type=lambda text: text.split(","),
+        default=["report", "vqa", "segmentation"],
+        metavar="A,B",
+        help="of report, vqa, segmentation, prompts (default: the first three)",
+    )
 
 
 def convert(parser: argparse.ArgumentParser) -> None:

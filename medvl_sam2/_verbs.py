@@ -170,26 +170,36 @@ def phantom(args: Namespace) -> Result:
 def train(args: Namespace) -> Result:
     """A trained model directory."""
     from medvl_sam2.training.config import load_config
-    from medvl_sam2.training.train import run
+    from medvl_sam2.training.train import check, run
 
     with _input_errors():
         config = load_config(args.config, args.set)
-    directory = run(config, make_folder(args.out))
+        check(config, args.until)
+    directory = run(config, make_folder(args.out), until=args.until)
     return {"config": args.config, "model": directory}, f"Model written to {directory}"
 
 
 def evaluate(args: Namespace) -> Result:
     """Measures of a model."""
-    from medvl_sam2.training.evaluate import run
+    from medvl_sam2.training.evaluate import PROMPTS, TASKS, run
 
     if args.data == "phantom" and args.seeds[0] < 1_000_000:
         raise InputError(f"seeds: {args.seeds[0]} may have been trained on; give 1000000 or more")
     if args.data != "phantom" and not Path(args.data).is_dir():
         raise InputError(f"data: expected phantom or a folder of labelled scans, got {args.data}")
+    if unknown := [task for task in args.task if task not in (*TASKS, PROMPTS)]:
+        raise InputError(f"task: expected {', '.join((*TASKS, PROMPTS))}, got {unknown[0]!r}")
     out = None if args.out is None else make_folder(args.out)
     disable_progress_bar()
-    summary = run(args.model, args.data, seeds=args.seeds, out=out, processes=args.processes)
-    lines = [f"{name:<28} {value}" for name, value in summary.items() if not isinstance(value, dict)]
+    options = {"seeds": args.seeds, "out": out, "processes": args.processes, "tasks": args.task}
+    summary = run(args.model, args.data, **options)
+    lines = []
+    for name, value in summary.items():
+        if not isinstance(value, dict):
+            low_high = summary["intervals"].get(name)
+            lines.append(f"{name:<28} {value}" + (f"  ({low_high[0]} to {low_high[1]})" if low_high else ""))
+    for name in ("report", "vqa_open"):
+        lines += [f"{name + ' ' + score:<28} {value}" for score, value in summary.get(name, {}).items()]
     lines += ["", f"{'Dice':<24} {'text':>7} {'box':>7} {'point':>7} {'scans':>6}"]
     for name, row in summary["dice_per_class"].items():
         dice = " ".join(

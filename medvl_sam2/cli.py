@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from medvl_sam2 import __version__, _data, _options
+from medvl_sam2 import __version__, _data, _experiment, _options
 
 # Verb: (help, function that adds its options, function that does the work as "module:name").
 VERBS = {
@@ -32,6 +32,11 @@ VERBS = {
     "data": ("index, check, count and prepare data sets for training", _data.options, "medvl_sam2._data:run"),
     "train": ("train a model in the paper's stages", _options.train, "medvl_sam2._verbs:train"),
     "evaluate": ("measure a model on phantoms or labelled scans", _options.evaluate, "medvl_sam2._verbs:evaluate"),
+    "experiment": (
+        "test the paper's claims at the tiny scale",
+        _experiment.options,
+        "medvl_sam2._experiment:experiment",
+    ),
     "convert": ("make a model directory from public checkpoints", _options.convert, "medvl_sam2._verbs:convert"),
     "info": ("device, kernels and optional packages in use", _options.info, "medvl_sam2._verbs:info"),
 }
