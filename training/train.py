@@ -56,22 +56,32 @@ def run(
         ValueError: Bad config, or `until` is no phase.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config, overrides)
-    precision.check(config.precision, config.parallel)
-    phases = STAGES if config.data.source else PHASES
-    if until is not None and until not in phases:
-        raise ValueError(f"until: expected one of {', '.join(phases)}, got {until!r}")
+    phases = check(config, until)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if config.threads:
         torch.set_num_threads(config.threads)
     world = join(config.device)
     model, batches = build(config, out, settings, world)
-    for phase in phases if until is None else phases[: phases.index(until) + 1]:
+    for phase in phases:
         run_one(phase, model, batches, config, out, world)
     if world.is_main:
         model.save_pretrained(out / "model")
     world.barrier()
     return out / "model"
+
+
+def check(config: TrainConfig, until: str | None = None) -> tuple[str, ...]:
+    """Find out before the work begins whether a run can be: returns its phases up to `until`.
+
+    Raises:
+        ValueError: A setting that does not exist, or `until` is no phase.
+    """
+    precision.check(config.precision, config.parallel)
+    phases = STAGES if config.data.source else PHASES
+    if until is not None and until not in phases:
+        raise ValueError(f"until: expected one of {', '.join(phases)}, got {until!r}")
+    return phases if until is None else phases[: phases.index(until) + 1]
 
 
 def build(
