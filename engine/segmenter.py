@@ -1,13 +1,17 @@
 """Masks from prompts: every slice alone, or carried by SAM2's memory away from a start slice."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from medvl_sam2.engine.runner import SliceRunner
+from medvl_sam2.engine.slice_features import Images, SliceEncoder
+from medvl_sam2.engine.track_state import Features, Mode
+from medvl_sam2.engine.volume_track import VolumeTrack, propagate
 from medvl_sam2.model.config import SegConfig
-from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SliceFeatures, propagate
+from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SliceFeatures
 
 
 @dataclass(frozen=True)
@@ -38,30 +42,40 @@ class Segmenter:
     """Runs SAM2 over the slices of a scan.
 
     Args:
-        sam2: In evaluation mode.
+        sam2: In evaluation mode, on its device and in its dtype; not to be changed afterwards.
         config: How [SEG] is used.
-        chunk: Slices encoded at a time; bounds the peak memory.
+        chunk: Slices encoded at a time; None decides by the memory.
+        mode: "reference" or "independent", see `VolumeTrack`.
     """
 
-    def __init__(self, sam2: SAM2, config: SegConfig, chunk: int = 8):
+    def __init__(self, sam2: SAM2, config: SegConfig, chunk: int | None = None, mode: Mode = "reference"):
         self.sam2 = sam2
         self.config = config
-        self.chunk = chunk
+        self.mode = mode
+        self.runner = SliceRunner(sam2)
+        self._encoder = SliceEncoder(sam2, chunk)
+        # A slice and an object at a time keep a CPU's cache; a GPU wants many.
+        self._pairs = 64 if sam2.no_mem_embed.is_cuda else 4
 
     @torch.inference_mode()
-    def encode(self, images: Callable[[int, int], Tensor], slices: int) -> SliceFeatures:
+    def encode(self, images: Images, slices: int) -> SliceFeatures:
         """Image features of all slices.
 
         Args:
             images: Gives slices [start, stop) as (n, 3, R, R), normalised.
             slices: How many there are.
         """
-        weight = self.sam2.no_mem_embed
-        parts = [
-            self.sam2.encode_images(images(start, min(slices, start + self.chunk)).to(weight.device, weight.dtype))
-            for start in range(0, slices, self.chunk)
-        ]
-        return SliceFeatures.cat(parts)
+        return self._encoder.encode(images, 0, slices)
+
+    def track(self, features: Features, embeddings: Tensor | None = None) -> VolumeTrack:
+        """Objects that are prompted, followed and corrected slice by slice.
+
+        Args:
+            features: S slices; `LazyFeatures` where all of them would not fit.
+            embeddings: (B, E, d) prompt tokens of the text, given on every slice if the configuration says so.
+        """
+        every = embeddings if self.config.every_slice else None
+        return VolumeTrack(self.runner, features, mode=self.mode, seg_embeddings=every)
 
     @torch.inference_mode()
     def by_text(self, features: SliceFeatures, embeddings: Tensor) -> list[ObjectSlices]:
@@ -74,7 +88,7 @@ class Segmenter:
             features: S slices.
             embeddings: (B, E, d) prompt tokens.
         """
-        logits, scores = self.sam2.predict_slices(features, Prompts(embeddings=embeddings), gate_by_object_score=False)
+        logits, scores = self._alone(features, Prompts(embeddings=embeddings))
         starts: list[int | None] = [None] * len(embeddings)
         if self.config.use_memory:
             best, where = scores.max(0)
@@ -112,18 +126,15 @@ class Segmenter:
         """
         given = {index: prompt.with_embeddings(embeddings) for index, prompt in prompts.items()}
         if start is None:
-            _, scores = self.sam2.predict_slices(features, Prompts(embeddings=embeddings))
+            _, scores = self._alone(features, Prompts(embeddings=embeddings))
             start = int(scores[:, 0].argmax())
             given.setdefault(start, Prompts(embeddings=embeddings))
         if self.config.use_memory or embeddings is None:
             logits, scores = self._propagate(features, given, start, embeddings)
         else:
-            text = Prompts(embeddings=embeddings)
-            logits, scores = self.sam2.predict_slices(features, text, gate_by_object_score=False)
+            logits, scores = self._alone(features, Prompts(embeddings=embeddings))
             for index, prompt in given.items():
-                logits[index : index + 1], scores[index : index + 1] = self.sam2.predict_slices(
-                    features[index], prompt, gate_by_object_score=False
-                )
+                logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt)
             start = None
         present = scores[:, 0] > self.config.object_gate
         if extent is not None:
@@ -134,4 +145,8 @@ class Segmenter:
         self, features: SliceFeatures, prompts: dict[int, Prompts], start: int, embeddings: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         every = embeddings if self.config.every_slice else None
-        return propagate(self.sam2, features, prompts, start=start, seg_embeddings=every)
+        return propagate(self.runner, features, prompts, start=start, seg_embeddings=every, mode=self.mode)
+
+    def _alone(self, features: SliceFeatures, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Every slice without memory."""
+        return self.sam2.predict_slices(features, prompts, gate_by_object_score=False, max_batch=self._pairs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from medvl_sam2.kernels.linear import product
 
 # Scores of one query chunk: they must stay in the cache between the two matrix products.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 8 << 20
 
 
 def _valid(lengths: Tensor, tokens: int, slot_size: int, num_slots: int) -> Tensor:

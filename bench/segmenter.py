@@ -1,0 +1,303 @@
+"""Measures the slice runner beside the video predictor of the sam2 package.
+
+Both sides get the same weights, images, prompts, number format and threads, and take turns, so that other load meets
+both alike. A row counts from images to masks: image features, prompts on the first slice, and all slices after it. The
+masks are compared before any ratio is given. The floor is the work that the runner cannot avoid over the rate of the
+fastest large matrix product in the same run.
+"""
+
+import logging
+import math
+import multiprocessing
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from medvl_sam2.bench.kernels import Row, environment
+from medvl_sam2.engine.runner import SliceRunner
+from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder
+from medvl_sam2.engine.volume_track import VolumeTrack
+from medvl_sam2.kernels._common import disable
+from medvl_sam2.kernels.linear import product
+from medvl_sam2.kernels.mask_epilogue import mask_epilogue
+from medvl_sam2.model.sam2 import SAM2, Prompts, SAM2Config
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+LEAST_DICE, MOST_ERROR = 0.999, 1e-3
+PACKAGE, OURS = "sam2 package", "ours"
+
+
+def run(
+    *,
+    variant: str = "tiny",
+    image_size: int = 512,
+    slices: int = 16,
+    objects: Sequence[int] = (1, 4, 8),
+    rounds: int = 5,
+) -> list[Row]:
+    """Time both sides from images to masks.
+
+    Args:
+        variant: Of SAM2.1: "tiny", "small", "base_plus" or "large".
+        image_size: Side of a slice in pixels.
+        slices: Slices of the volume, followed from the first to the last.
+        objects: Numbers of objects, each measured for itself.
+        rounds: Times that each side runs; the median counts.
+
+    Returns:
+        One dict per side and number of objects.
+
+    Raises:
+        ValueError: An unknown variant, or the sam2 package is not installed.
+    """
+    package, sam2 = models(variant, image_size)
+    images, rate, about = _images(slices, image_size), gemm_rate(), environment("cpu")
+    rows = []
+    for count in objects:
+        asked = _clicks(count, image_size)
+        sides = {
+            PACKAGE: lambda asked=asked: run_package(package, images, asked),
+            OURS: lambda asked=asked: run_ours(sam2, images, asked),
+        }
+        error, dice = compare(sides[OURS](), sides[PACKAGE]())
+        correct = dice >= LEAST_DICE and error <= MOST_ERROR
+        if not correct:
+            logger.warning("segmenter, %d objects: wrong, relative error %.1e, Dice %.5f", count, error, dice)
+        spent = in_turns(list(sides.values()), rounds)
+        floor = flops(sam2, images, asked) / rate
+        for side, seconds in zip(sides, spent):
+            median = statistics.median(seconds)
+            rows.append(
+                {
+                    "work": f"{slices} slices, SAM2.1 {variant} @{image_size}",
+                    "objects": count,
+                    "provider": side,
+                    "dtype": "float32",
+                    "seconds": median,
+                    "fastest": min(seconds),
+                    "slowest": max(seconds),
+                    "rounds": rounds,
+                    "ratio": statistics.median(spent[0]) / median if correct else None,
+                    "floor_seconds": floor,
+                    "over_floor": median / floor,
+                    "gemm_gflops": rate / 1e9,
+                    "correct": correct,
+                    "error": error,
+                    "dice": dice,
+                    **about,
+                }
+            )
+    return rows
+
+
+def peak_memory(
+    *, variant: str = "tiny", image_size: int = 512, slices: Sequence[int] = (32, 128), objects: int = 8
+) -> list[Row]:
+    """Measure on Linux how far the resident memory of a process rises while a volume is segmented.
+
+    The package is given all images as one tensor, which it needs; ours makes them from 16-bit voxels as it goes.
+
+    Args:
+        variant: As in `run`.
+        image_size: As in `run`.
+        slices: Numbers of slices.
+        objects: Number of objects.
+    """
+    rows = []
+    for count in slices:
+        found = {}
+        for side in (PACKAGE, OURS):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found[side] = pool.apply(_rise, (side, variant, image_size, count, objects))
+            rows.append({"slices": count, "objects": objects, "provider": side, "peak_mb": found[side] / 1e6})
+            rows[-1]["share"] = found[side] / found[PACKAGE]
+    return rows
+
+
+def models(variant: str, image_size: int) -> tuple[nn.Module, SAM2]:
+    """The package's video predictor and our model, with the same random weights that keep every part busy."""
+    if variant not in VARIANTS:
+        raise ValueError(f"segmenter: expected a variant of {', '.join(VARIANTS)}, got {variant!r}")
+    try:
+        import hydra
+        import sam2  # noqa: F401  registers the package's configuration files
+    except ImportError as error:
+        raise ValueError(f"segmenter: the baseline needs the sam2 package and hydra-core ({error})") from error
+    # As the package's build_sam2_video_predictor sets it, but for filling holes, which needs CUDA.
+    overrides = [
+        "++model._target_=sam2.sam2_video_predictor.SAM2VideoPredictor",
+        "++model.sam_mask_decoder_extra_args.dynamic_multimask_via_stability=true",
+        "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_delta=0.05",
+        "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_thresh=0.98",
+        "++model.binarize_mask_from_pts_for_mem_enc=true",
+        f"++model.image_size={image_size}",
+    ]
+    config = hydra.compose(config_name=f"configs/sam2.1/sam2.1_hiera_{VARIANTS[variant]}", overrides=overrides)
+    package = hydra.utils.instantiate(config.model, _recursive_=True).eval().requires_grad_(False)
+    _randomise(package)
+    ours = SAM2(SAM2Config.preset(variant, image_size=image_size)).eval().requires_grad_(False)
+    ours.load_official_state_dict(package.state_dict())
+    return package, ours
+
+
+def _randomise(model: nn.Module) -> None:
+    """Weights under which masks are neither empty nor full and rounding is not blown up from slice to slice."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "gaussian_matrix" in name:
+            value = noise
+        elif tensor.dim() > 1 and name.endswith("weight") and "embed" not in name and "token" not in name:
+            value = noise / math.sqrt(tensor[0].numel())
+            if any(part in name for part in ("q_proj", "k_proj", "qkv")):
+                value *= 0.5
+        elif name.endswith("gamma"):
+            value = 0.3 + 0.1 * noise
+        elif "norm" in name and name.endswith("weight"):
+            value = 1 + 0.1 * noise
+        else:
+            value = (0.1 if tensor.dim() == 1 else 0.5) * noise
+        tensor.data = 0.3 * value if "neck" in name else value
+    # Objects present on most slices.
+    model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(2.6)
+
+
+def _images(slices: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(slices, 3, 16, 16, generator=generator)
+    return nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+
+
+def _clicks(objects: int, size: int) -> Prompts:
+    places = torch.linspace(0.2, 0.8, objects) * size
+    return Prompts(torch.stack((places, size - places), -1)[:, None], torch.ones(objects, 1, dtype=torch.int32))
+
+
+@torch.inference_mode()
+def run_package(package: nn.Module, images: Tensor, asked: Prompts) -> Tensor:
+    """Click every object on the first slice and go through; returns the masks' logits (S, B, m, m)."""
+    size, device = images.shape[-1], images.device
+    # What the package's init_state makes of a folder of pictures.
+    state: dict[str, Any] = {"images": images, "num_frames": len(images), "video_height": size, "video_width": size}
+    state |= {"offload_video_to_cpu": False, "offload_state_to_cpu": False, "device": device, "storage_device": device}
+    state |= {"obj_id_to_idx": OrderedDict(), "obj_idx_to_id": OrderedDict(), "obj_ids": []}
+    for name in ("cached_features", "constants", "point_inputs_per_obj", "mask_inputs_per_obj"):
+        state[name] = {}
+    state |= {"output_dict_per_obj": {}, "temp_output_dict_per_obj": {}, "frames_tracked_per_obj": {}}
+    for item in range(len(asked.points)):
+        package.add_new_points_or_box(state, 0, item, points=asked.points[item], labels=asked.labels[item])
+    for _ in package.propagate_in_video(state, start_frame_idx=0):
+        pass
+    found = []
+    for outputs in state["output_dict_per_obj"].values():
+        outputs = {**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}
+        found.append(torch.cat([outputs[t]["pred_masks"][0] for t in range(len(images))]))
+    return torch.stack(found, dim=1)
+
+
+@torch.inference_mode()
+def run_ours(sam2: SAM2, images: Tensor, asked: Prompts) -> Tensor:
+    """The same by the runner, labels at the images' size included, as the package's masks are."""
+    features = LazyFeatures(SliceEncoder(sam2), lambda start, stop: images[start:stop], len(images))
+    return _followed(sam2, features, asked, images.shape[-1])
+
+
+def _followed(sam2: SAM2, features: LazyFeatures, asked: Prompts, size: int) -> Tensor:
+    track = VolumeTrack(SliceRunner(sam2), features)
+    track.prompt(0, asked)
+    track.run(0, "forward")
+    mask_epilogue(track.logits, (len(features), size, size))
+    return track.logits
+
+
+def compare(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Root mean square error over that of the logits, and the Dice of all masks together."""
+    error = (got - want).double().norm() / want.double().norm()
+    ours, theirs = got > 0, want > 0
+    return float(error), float(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()).clamp(min=1))
+
+
+def in_turns(sides: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each side, one round after the other."""
+    spent: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, seconds in zip(sides, spent):
+            start = time.perf_counter()
+            side()
+            seconds.append(time.perf_counter() - start)
+    return spent
+
+
+def gemm_rate(side: int = 2048, rounds: int = 10) -> float:
+    """FLOP/s of the fastest square product, by torch's BLAS and by oneDNN."""
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    with torch.inference_mode():
+        spent = in_turns([lambda: a @ b, lambda: product(a, b)], rounds)
+    return 2 * side**3 / min(min(seconds) for seconds in spent)
+
+
+@torch.inference_mode()
+def flops(sam2: SAM2, images: Tensor, asked: Prompts) -> float:
+    """Floating-point operations of the matrix products and convolutions of the runner."""
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(k) * q[1] + 2 * math.prod(v) * q[1]
+
+    def projection(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    formulas = {torch.ops.medvl_sam2.memory_attention: attention, torch.ops.medvl_sam2.rope_linear: projection}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with disable("linear"), counter:
+        run_ours(sam2, images, asked)
+    return float(counter.get_total_flops())
+
+
+def _rise(side: str, variant: str, image_size: int, slices: int, objects: int) -> int:
+    package, sam2 = models(variant, image_size)
+    asked = _clicks(objects, image_size)
+    if side == OURS:
+        del package
+        voxels = (_images(slices, image_size)[:, 0] * 1000).to(torch.int16)
+        scaled = LazyFeatures(
+            SliceEncoder(sam2),
+            lambda start, stop: (voxels[start:stop, None].float() / 1000).expand(-1, 3, -1, -1),
+            slices,
+        )
+    before = _reset_peak()
+    if side == OURS:
+        with torch.inference_mode():
+            _followed(sam2, scaled, asked, image_size)
+    else:
+        run_package(package, _images(slices, image_size), asked)
+    return _status("VmHWM") - before
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Lay rows out for reading."""
+    lines = [f"{'work':36} {'objects':>7} {'provider':13} {'s':>8} {'ratio':>6} {'x floor':>8}  error, Dice"]
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
+        verdict = f"{row['error']:.1e}, {row['dice']:.5f}" + ("" if row["correct"] else " WRONG")
+        named = f"{row['work']:36} {row['objects']:7} {row['provider']:13}"
+        lines.append(f"{named} {row['seconds']:8.3f} {ratio:>6} {row['over_floor']:8.2f}  {verdict}")
+    return "\n".join(lines)

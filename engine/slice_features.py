@@ -1,0 +1,113 @@
+"""Image features of a stack of slices, encoded in chunks that fit a memory budget, at once or as they are needed."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from medvl_sam2.model.sam2 import SAM2, SliceFeatures
+from medvl_sam2.model.sam2.config import PATCH_STRIDE, SAM2Config
+
+logger = logging.getLogger(__name__)
+
+Images = Callable[[int, int], Tensor]
+"""Gives slices [start, stop) as (n, 3, R, R), normalised."""
+
+CPU_BUDGET = 128 << 20
+CUDA_SHARE = 8
+
+
+def working_bytes(config: SAM2Config, itemsize: int) -> int:
+    """What the image encoder holds at a time for one slice, nearly: the widest stage's tokens twelve times over."""
+    return 12 * (config.image_size // PATCH_STRIDE) ** 2 * config.embed_dim * itemsize
+
+
+def choose_chunk(config: SAM2Config, device: torch.device, dtype: torch.dtype, budget: int | None = None) -> int:
+    """Slices to encode at a time, at least 1.
+
+    Args:
+        config: Sizes.
+        device: Where.
+        dtype: Of the weights.
+        budget: Bytes for the encoder's activations; None takes 128 MiB on a CPU, where a larger batch gains nothing,
+            and an eighth of the free memory on CUDA.
+    """
+    if budget is None:
+        budget = torch.cuda.mem_get_info(device)[0] // CUDA_SHARE if device.type == "cuda" else CPU_BUDGET
+    return max(1, min(64, budget // working_bytes(config, dtype.itemsize)))
+
+
+class SliceEncoder:
+    """Encodes chunks of slices; where the memory does not suffice it halves the chunk, says so once, and goes on.
+
+    Args:
+        sam2: In evaluation mode.
+        chunk: Slices at a time; None decides by the memory.
+    """
+
+    def __init__(self, sam2: SAM2, chunk: int | None = None) -> None:
+        weight = sam2.no_mem_embed
+        self.sam2 = sam2
+        self.chunk = chunk or choose_chunk(sam2.config, weight.device, weight.dtype)
+        self._has_told = False
+
+    def encode(self, images: Images, start: int, stop: int) -> SliceFeatures:
+        """Image features of slices [start, stop)."""
+        weight = self.sam2.no_mem_embed
+        parts = []
+        while start < stop:
+            end = min(stop, start + self.chunk)
+            try:
+                parts.append(self.sam2.encode_images(images(start, end).to(weight.device, weight.dtype)))
+                start = end
+            except (MemoryError, RuntimeError) as error:
+                if self.chunk == 1 or not out_of_memory(error):
+                    raise
+                self.chunk = max(1, min(self.chunk, end - start) // 2)
+                if not self._has_told:
+                    logger.warning("out of memory: encoding %d slices at a time from here on", self.chunk)
+                    self._has_told = True
+            if weight.is_cuda and start < end:
+                # Out of the handler, which would keep the failed call's tensors alive.
+                torch.cuda.empty_cache()
+        return parts[0] if len(parts) == 1 else SliceFeatures.cat(parts)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+class LazyFeatures:
+    """Features of a stack that are encoded when they are asked for; the range asked for last is kept.
+
+    Takes the place of `SliceFeatures` where the features of all slices would not fit; a chain of slices asks for each
+    once.
+
+    Args:
+        encoder: Encodes the chunks.
+        images: Source of the slices.
+        slices: How many there are.
+    """
+
+    def __init__(self, encoder: SliceEncoder, images: Images, slices: int) -> None:
+        self._encoder, self._images, self._slices = encoder, images, slices
+        self._span, self._last = range(0), None
+
+    def __len__(self) -> int:
+        return self._slices
+
+    def __getitem__(self, index: int | slice) -> SliceFeatures:
+        """Encode one slice, or a range of slices."""
+        if isinstance(index, int):
+            index = slice(range(self._slices)[index], range(self._slices)[index] + 1)
+        start, stop, step = index.indices(self._slices)
+        if step != 1:
+            raise ValueError(f"slices: expected a range without a step, got {index}; take them one by one")
+        if self._last is None or not (start in self._span and stop - 1 in self._span):
+            self._last = None
+            self._last, self._span = self._encoder.encode(self._images, start, stop), range(start, stop)
+        return self._last[start - self._span.start : stop - self._span.start]

@@ -1,0 +1,106 @@
+"""What is known of the objects on the slices of a volume, and the memories that follow from it."""
+
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from medvl_sam2.engine.runner import SliceRunner
+from medvl_sam2.model.sam2 import NO_OBJECT, SliceFeatures
+from medvl_sam2.model.sam2.structures import StepOutput
+
+Mode = Literal["reference", "independent"]
+
+
+class Features(Protocol):
+    """Features of a stack of slices: `SliceFeatures`, or `LazyFeatures`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int | slice) -> SliceFeatures: ...
+
+
+class TrackState:
+    """Logits, scores and pointers of B objects on S slices.
+
+    A slice's memory follows from these and is made again where it is needed; only those of conditioning slices and, in
+    reference mode, of the few that both directions read are kept.
+
+    Args:
+        runner: The model.
+        features: All S slices.
+        mode: As in `VolumeTrack`.
+        storage_dtype: As in `VolumeTrack`.
+
+    Attributes:
+        conditioning: Slices whose memory every chain reads, and whether a user's input made their masks.
+        tracked: The same of slices that were reached from others.
+        start: Where the last run began; None before the first.
+        logits: (S, B, m, m), None before the first slice.
+        scores: (S, B), likewise.
+        pointers: (S, B, d), likewise.
+    """
+
+    def __init__(self, runner: SliceRunner, features: Features, mode: Mode, storage_dtype: torch.dtype | None) -> None:
+        if mode not in ("reference", "independent"):
+            raise ValueError(f"mode: expected 'reference' or 'independent', got {mode!r}")
+        self.runner, self.features, self.mode, self.storage_dtype = runner, features, mode, storage_dtype
+        self.conditioning: dict[int, bool] = {}
+        self.tracked: dict[int, bool] = {}
+        self.start: int | None = None
+        self.logits: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.pointers: Tensor | None = None
+        self._kept: dict[int, Tensor] = {}
+
+    @property
+    def objects(self) -> int:
+        """B."""
+        return self.scores.shape[1]
+
+    def store(self, where: Iterable[int], out: StepOutput) -> None:
+        """Note the outcome of one slice per chain."""
+        size, where = len(self.features), list(where)
+        if self.logits is None:
+            logits, scores, pointers = out.low_res_logits, out.object_score, out.object_pointer
+            self.logits = logits.new_full((size, len(logits), *logits.shape[2:]), NO_OBJECT)
+            self.scores = scores.new_full((size, len(scores)), NO_OBJECT)
+            self.pointers = pointers.new_zeros(size, *pointers.shape)
+        batch = len(out.object_score) // len(where)
+        for number, index in enumerate(where):
+            rows = slice(number * batch, (number + 1) * batch)
+            self.logits[index] = out.low_res_logits[rows, 0]
+            self.scores[index] = out.object_score[rows, 0]
+            self.pointers[index] = out.object_pointer[rows]
+
+    def memory(self, index: int) -> Tensor:
+        """Memory tokens (B, N, mem_dim) of a slice, made from its masks unless they are still there."""
+        if index not in self._kept:
+            user = self.conditioning.get(index, self.tracked.get(index, False))
+            logits, score = self.logits[index, :, None], self.scores[index, :, None]
+            tokens = self.runner.sam2.encode_memory(self.features[index].vision, logits, score, user)
+            if index not in self.conditioning and not self.is_near(index):
+                return tokens
+            self.keep(index, tokens)
+        return self._kept[index]
+
+    def keep(self, index: int, tokens: Tensor) -> None:
+        """Keep a copy of a slice's memory."""
+        self._kept[index] = tokens.to(self.storage_dtype, copy=True) if self.storage_dtype else tokens.clone()
+
+    def forget(self, index: int) -> None:
+        """The slice's masks are new: its memory is to be made again."""
+        self._kept.pop(index, None)
+
+    @property
+    def near(self) -> range:
+        """Slices of the forward chain that the reverse chain reads."""
+        config = self.runner.sam2.config
+        if self.mode != "reference" or self.start is None:
+            return range(0)
+        return range(self.start, self.start + (config.num_memories - 1) * config.memory_stride)
+
+    def is_near(self, index: int) -> bool:
+        """Whether both directions may read the slice's memory."""
+        return index in self.near

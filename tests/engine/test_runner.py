@@ -1,0 +1,316 @@
+"""The fast slice runner against the plain loop of model/sam2, on random weights that keep every part busy."""
+
+import logging
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medvl_sam2.engine.ring_memory import plan_chain
+from medvl_sam2.engine.runner import SliceRunner
+from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder, choose_chunk, working_bytes
+from medvl_sam2.engine.volume_track import VolumeTrack, propagate
+from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SAM2Config, SliceFeatures, VolumeTracker
+from medvl_sam2.model.sam2 import propagate as plain_propagate
+
+SLICES, KEY, SIZE = 32, 12, 128
+CONFIG = SAM2Config.preset(
+    "micro",
+    image_size=SIZE,
+    embed_dim=16,
+    d_model=64,
+    mem_dim=16,
+    memory_layers=3,
+    memory_ffn=128,
+    decoder_mlp=128,
+    multimask_output=True,
+    dynamic_multimask=True,
+)
+
+
+def randomise(model: SAM2) -> SAM2:
+    """Weights under which masks are neither empty nor full, objects come and go, and memories make a difference."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "gaussian_matrix" in name:
+            tensor.data = noise
+        elif tensor.dim() > 1 and name.endswith("weight") and "embed" not in name and "token" not in name:
+            tensor.data = noise / math.sqrt(tensor[0].numel())
+            if any(k in name for k in ("q_proj", "k_proj", "qkv")):
+                tensor.data *= 1.2 if "cross_attn_image." in name else 0.5
+            if "cross_attn_image.v_proj" in name:
+                tensor.data *= 2.0
+        elif name.endswith("gamma"):
+            tensor.data = 0.3 + 0.1 * noise
+        elif "norm" in name and name.endswith("weight"):
+            tensor.data = 1 + 0.1 * noise
+        else:
+            tensor.data = (0.1 if tensor.dim() == 1 else 0.5) * noise
+    model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(0.5)
+    return model.eval()
+
+
+def make_features(config: SAM2Config = CONFIG, slices: int = SLICES) -> SliceFeatures:
+    generator = torch.Generator().manual_seed(1)
+    side, dim = config.feature_size, config.d_model
+
+    def draw(channels: int, scale: int) -> Tensor:
+        # Neighbouring slices resemble each other, as in a scan.
+        slow, fast = (torch.randn(n, channels, scale * side, scale * side, generator=generator) for n in (1, slices))
+        return slow + 0.5 * fast
+
+    return SliceFeatures(draw(dim, 1), (draw(dim // 8, 4), draw(dim // 4, 2)))
+
+
+@pytest.fixture(scope="module")
+def sam2() -> SAM2:
+    return randomise(SAM2(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def runner(sam2: SAM2) -> SliceRunner:
+    return SliceRunner(sam2)
+
+
+@pytest.fixture(scope="module")
+def features() -> SliceFeatures:
+    return make_features()
+
+
+def points(objects: int, shift: float = 0.0) -> Prompts:
+    places = torch.linspace(20, 100, objects)
+    return Prompts(torch.stack((places + shift, 110 - places), -1)[:, None], torch.ones(objects, 1, dtype=torch.int32))
+
+
+def embeddings(objects: int) -> Tensor:
+    return torch.randn(objects, 1, CONFIG.d_model, generator=torch.Generator().manual_seed(3))
+
+
+def assert_equal(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: float = 1e-3) -> None:
+    """Relative error of the logits slice by slice, of the scores, and the Dice of all masks."""
+    (logits, scores), (wanted, wanted_scores) = got, want
+    absent = wanted == NO_OBJECT
+    assert torch.equal(logits == NO_OBJECT, absent)
+    assert (~absent).any(), "every mask is gated: the case tests nothing"
+    error = (logits - wanted).masked_fill(absent, 0).abs().flatten(1).amax(1)
+    largest = wanted.masked_fill(absent, 0).abs().amax()
+    assert (error <= tolerance * largest).all(), f"relative error by slice {(error / largest).tolist()}"
+    assert (scores - wanted_scores).abs().max() <= tolerance * wanted_scores[wanted_scores != NO_OBJECT].abs().max()
+    ours, theirs = logits > 0, wanted > 0
+    assert 2 * (ours & theirs).sum() >= 0.999 * (ours.sum() + theirs.sum())
+
+
+def assert_telling(logits: Tensor, scores: Tensor) -> None:
+    present = scores > 0
+    assert present.any()
+    share = (logits > 0).float().mean((-2, -1))[present]
+    assert ((share > 0.02) & (share < 0.98)).float().mean() > 0.5
+
+
+EXACT = {"memory_dtype": None}
+OURS = {"storage_dtype": None}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("every_slice", [False, True], ids=["clicks", "seg"])
+@pytest.mark.parametrize("mode", ["reference", "independent"])
+@pytest.mark.parametrize("objects", [1, 5])
+def test_equals_the_plain_loop(
+    sam2: SAM2, runner: SliceRunner, features: SliceFeatures, objects: int, mode: str, every_slice: bool
+) -> None:
+    options: dict[str, Any] = {"start": KEY, "mode": mode}
+    if every_slice:
+        options |= {"seg_embeddings": embeddings(objects), "gate_by_object_score": False}
+    prompts = None if every_slice else {KEY: points(objects)}
+    want = plain_propagate(sam2, features, prompts, **options, **EXACT)
+    got = propagate(runner, features, prompts, **options, **OURS)
+    assert_telling(*want)
+    assert_equal(got, want)
+
+
+@torch.inference_mode()
+def test_the_last_slice_depends_on_the_prompt(runner: SliceRunner, features: SliceFeatures) -> None:
+    one, two = (
+        propagate(runner, features, {KEY: points(1, shift)}, start=KEY, gate_by_object_score=False)[0]
+        for shift in (0.0, 15.0)
+    )
+    assert (one[-1] - two[-1]).abs().max() > 0.01 * one[-1].abs().max()
+
+
+@torch.inference_mode()
+def test_memories_are_rounded_as_the_package_keeps_them(sam2: SAM2, runner: SliceRunner) -> None:
+    features = make_features(slices=8)
+    options = {"start": 3, "seg_embeddings": embeddings(2), "gate_by_object_score": False}
+    want, exact = (plain_propagate(sam2, features, **options, memory_dtype=d) for d in (torch.bfloat16, None))
+    got = propagate(runner, features, **options)
+    assert (got[0] - want[0]).abs().max() < 0.1 * (want[0] - exact[0]).abs().max()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", ["reference", "independent"])
+def test_several_conditioning_slices_strides_and_projection_anew(sam2: SAM2, mode: str) -> None:
+    config = replace(CONFIG, memory_stride=2, max_conditioning_slices=2, max_object_pointers=5)
+    model = SAM2(config).eval()
+    model.load_state_dict(sam2.state_dict())
+    features = make_features(slices=18)
+    prompts = {9: points(2), 3: points(2, 5.0), 14: points(2, -5.0), 6: points(2, 8.0)}
+    want = plain_propagate(model, features, prompts, start=9, mode=mode, **EXACT)
+    runner = SliceRunner(model)
+    assert_equal(propagate(runner, features, prompts, start=9, mode=mode, **OURS), want)
+    assert_equal(propagate(runner, features, prompts, start=9, mode=mode, keys_bytes=0, chunk=1, **OURS), want)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", ["reference", "independent"])
+def test_the_static_loop_is_the_same(runner: SliceRunner, mode: str) -> None:
+    """What a GPU records as a graph, run without one: no look at the device's values, one set of addresses."""
+    features = make_features(slices=14)
+    prompts = {5: points(2), 9: points(2, 6.0)}
+    options = {"start": 5, "mode": mode, "chunk": 3, **OURS}
+    want = propagate(runner, features, prompts, **options)
+    runner.loops.clear()
+    assert_equal(propagate(runner, features, prompts, static=True, **options), want, tolerance=1e-4)
+    loops = list(runner.loops.values())
+    assert len(loops) == 2
+    other = {5: points(2, 4.0), 9: points(2, 1.0)}
+    want = propagate(runner, features, other, keys_bytes=0, **options)
+    assert_equal(propagate(runner, features, other, static=True, **options), want, tolerance=1e-4)
+    assert list(runner.loops.values()) == loops, "buffers and graphs of a shape are used again"
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", ["reference", "independent"])
+def test_graph_replay_equals_eager(sam2: SAM2, mode: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    model = SAM2(CONFIG).eval().cuda()
+    model.load_state_dict(sam2.state_dict())
+    runner, features = SliceRunner(model), make_features(slices=14).to("cuda")
+    options = {"start": 5, "mode": mode, **OURS}
+    want = propagate(runner, features, {5: points(2).to("cuda")}, static=False, **options)
+    for _ in range(2):
+        got = propagate(runner, features, {5: points(2).to("cuda")}, **options)
+        assert_equal(got, want)
+    assert all(loop.step.is_recorded for loop in runner.loops.values())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("directions", ["forward", "reverse"])
+def test_one_direction(sam2: SAM2, runner: SliceRunner, directions: str) -> None:
+    features = make_features(slices=10)
+    options = {"start": 4, "directions": directions}
+    want = plain_propagate(sam2, features, {4: points(1)}, **options, **EXACT)
+    got = propagate(runner, features, {4: points(1)}, **options, **OURS)
+    assert_equal(got, want)
+    assert (got[1] == NO_OBJECT).sum() == (4 if directions == "forward" else 5)
+
+
+@torch.inference_mode()
+def test_batch_equals_single(runner: SliceRunner) -> None:
+    features = make_features(slices=12)
+    logits, scores = propagate(runner, features, {5: points(5)}, start=5, **OURS)
+    for b in range(5):
+        one = propagate(runner, features, {5: points(5)[b]}, start=5, **OURS)
+        assert_equal((logits[:, b : b + 1], scores[:, b : b + 1]), one, tolerance=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("clicked", [8, 2, 5])
+def test_a_correction_renews_what_follows_from_it(sam2: SAM2, runner: SliceRunner, clicked: int) -> None:
+    features, clicks = make_features(slices=24), points(2, 12.0)
+    tracker = VolumeTracker(sam2, features, memory_dtype=None)
+    tracker.prompt(5, points(2))
+    for reverse in (False, True):
+        list(tracker.run(5, reverse=reverse))
+    track = VolumeTrack(runner, features, **OURS)
+    track.prompt(5, points(2))
+    track.run(5)
+    before = track.logits.clone()
+    assert_equal((before, track.scores), tracker.stack())
+
+    tracker.prompt(clicked, clicks)
+    if clicked >= 5:
+        list(tracker.run(clicked + (clicked > 5)))
+    list(tracker.run(5 if clicked >= 5 else clicked - 1, reverse=True))
+    renewed = track.correct(clicked, clicks)
+    assert_equal((track.logits, track.scores), tracker.stack())
+    untouched = [t for t in range(24) if t not in renewed]
+    assert torch.equal(track.logits[untouched], before[untouched])
+    assert untouched == {8: [5, 6, 7], 2: list(range(3, 24)), 5: []}[clicked]
+
+
+@torch.inference_mode()
+def test_a_far_correction_leaves_the_other_direction_alone(runner: SliceRunner, features: SliceFeatures) -> None:
+    track = VolumeTrack(runner, features)
+    track.prompt(5, points(1))
+    track.run(5)
+    assert track.correct(26, points(1, 9.0)) == list(range(26, SLICES))
+
+
+def test_slots_do_not_grow_with_the_volume() -> None:
+    plans = [plan_chain(range(1, n), False, [0], [], n, CONFIG) for n in (16, 200)]
+    assert [plan.num_slots for plan in plans] == [7, 7]
+    for plan in plans:
+        held: dict[int, int] = {slot: slice_ for slice_, slot in plan.loads.items()}
+        for step in plan.steps:
+            read = {held[slot]: time for slot, time in step.memories}
+            expected = {t: step.index - t - 1 for t in range(max(1, step.index - 6), step.index)} | {0: 6}
+            assert read == expected
+            if step.slot is not None:
+                held[step.slot] = step.index
+
+
+def test_lazy_features_and_a_lack_of_memory(
+    sam2: SAM2, runner: SliceRunner, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(10, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        encoder = SliceEncoder(sam2, chunk=8)
+        whole = encoder.encode(lambda a, b: images[a:b], 0, 10)
+        want = propagate(runner, whole, {4: points(1)}, start=4, **OURS)
+        encode, sizes = sam2.encode_images, []
+
+        def scarce(x: Tensor) -> SliceFeatures:
+            sizes.append(len(x))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return encode(x)
+
+        monkeypatch.setattr(sam2, "encode_images", scarce)
+        with caplog.at_level(logging.WARNING):
+            lazy = LazyFeatures(encoder, lambda a, b: images[a:b], 10)
+            got = propagate(runner, lazy, {4: points(1)}, start=4, chunk=4, **OURS)
+    assert_equal(got, want, tolerance=1e-4)
+    assert [record.message for record in caplog.records] == ["out of memory: encoding 2 slices at a time from here on"]
+    assert max(sizes[-3:]) == 2
+    monkeypatch.setattr(sam2, "encode_images", lambda x: (_ for _ in ()).throw(RuntimeError("shape")))
+    with pytest.raises(RuntimeError, match="shape"):
+        encoder.encode(lambda a, b: images[a:b], 0, 10)
+
+
+def test_chunks_follow_the_budget() -> None:
+    cpu, each = torch.device("cpu"), working_bytes(CONFIG, 4)
+    assert choose_chunk(CONFIG, cpu, torch.float32, 3 * each) == 3
+    assert choose_chunk(CONFIG, cpu, torch.float32, each // 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r, f: VolumeTrack(r, f, mode="both"), "mode: expected 'reference' or 'independent', got 'both'"),
+        (lambda r, f: VolumeTrack(r, f).run(0), "expected a prompted slice before run"),
+        (lambda r, f: VolumeTrack(r, f).logits, "expected a prompted slice, got none"),
+        (lambda r, f: VolumeTrack(r, f).prompt(SLICES, points(1)), "slice: expected 0 to 31, got 32"),
+        (lambda r, f: VolumeTrack(r, f).correct(1, points(1)), "before a correction"),
+        (lambda r, f: propagate(r, f, start=0), "expected prompts or seg_embeddings, got neither"),
+        (lambda r, f: propagate(r, f, {0: points(1)}, start=0, directions="up"), "directions: expected"),
+    ],
+)
+def test_errors(runner: SliceRunner, features: SliceFeatures, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(runner, features)
