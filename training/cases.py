@@ -1,18 +1,26 @@
-"""Scans with truth, for evaluation: unseen phantoms, and folders of real CTs with masks beside them."""
+"""Scans with truth, for evaluation: unseen phantoms, folders of real CTs with masks beside them, and manifests."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 
 from medvl_sam2.engine.volumes import InputError, Volume, read_mask, read_volume
+from medvl_sam2.training.datasets.base import Record, Text
+from medvl_sam2.training.datasets.images import read_masks, read_scan
+from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.mask_metrics import Region, label_regions, region
 from medvl_sam2.training.phantom import EVALUATION_SEED_START, FINDINGS, STRUCTURES, make_phantom
 from medvl_sam2.training.phantom_findings import MASKED
+from medvl_sam2.training.questions import Question
+
+logger = logging.getLogger(__name__)
 
 # Names of public label sets, after lower case, spaces and side in front, to ours. Patterns match whole names.
 _ALIASES = (
@@ -39,12 +47,16 @@ class TruthCase:
         volume: The scan.
         regions: Structure or finding name to its mask, canonical.
         facts: Facts of a phantom, None for a real scan.
+        report: Of a real scan, where its data set has one.
+        questions: Of a real scan, with their answers.
     """
 
     name: str
     volume: Volume
     regions: dict[str, Region] = field(default_factory=dict)
     facts: dict[str, Any] | None = None
+    report: str | None = None
+    questions: list[Question] = field(default_factory=list)
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
@@ -89,6 +101,56 @@ def folder_cases(directory: Path) -> Iterator[TruthCase]:
         yield TruthCase(path.name, volume, _truth(path, volume))
     if not found:
         raise InputError(f"{directory}: expected folders with a scan, a mask named *seg* and labels.json, got none")
+
+
+def manifest_cases(path: Path, split: str, window: tuple[float, float]) -> Iterator[TruthCase]:
+    """Cases of a split of a manifest (`medvl-sam2 data index`), with the reports and questions of their data sets.
+
+    Args:
+        path: Of the manifest.
+        split: "train", "val" or "test".
+        window: Of the model: prepared images without a unit are stretched over it.
+
+    Raises:
+        InputError: No such manifest or split; a scan that cannot be read is named in the log and left out.
+    """
+    manifest = Manifest(path)
+    for row in manifest.split(split):
+        record = manifest[row]
+        try:
+            yield _record_case(record, manifest.root(record), window)
+        except InputError as error:
+            logger.warning("%s; left out", error)
+
+
+def _record_case(record: Record, root: Path, window: tuple[float, float]) -> TruthCase:
+    scan = read_scan(record, root)
+    slope, intercept = scan.slope, scan.intercept
+    if not record.hu:
+        low, high = float(scan.voxels.min()), float(scan.voxels.max())
+        slope = (window[1] - window[0]) / max(high - low, 1e-6)
+        intercept = window[0] - low * slope
+    if scan.volume is None:
+        volume = Volume.from_array(scan.voxels, slope=slope, intercept=intercept)
+    else:
+        volume = replace(scan.volume, slope=slope, intercept=intercept)
+    regions = {mask.name: region(voxels) for mask, voxels in read_masks(record, root, scan)}
+    reports = [text.answer for text in record.texts if text.kind == "report"]
+    questions = [_question(text) for text in record.texts if text.kind in ("short", "long", "multiple_choice")]
+    return TruthCase(
+        name=record.id,
+        volume=volume,
+        regions={name: found for name, found in regions.items() if found.voxels},
+        report=reports[0] if reports else None,
+        questions=questions,
+    )
+
+
+def _question(text: Text) -> Question:
+    answer = text.answer
+    if text.choices:
+        answer = f"{ascii_uppercase[text.choices.index(text.answer)]}. {text.answer}"
+    return Question(text.kind, "", text.question or "", answer, text.choices)
 
 
 def _truth(path: Path, volume: Volume) -> dict[str, Region]:

@@ -15,10 +15,16 @@ from tqdm import tqdm
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.segmentation import Segmentation, label_map
 from medvl_sam2.engine.session import VolumeSession
-from medvl_sam2.training.cases import TruthCase, folder_cases, phantom_case
+from medvl_sam2.training.cases import TruthCase, folder_cases, manifest_cases, phantom_case
 from medvl_sam2.training.mask_metrics import Region, dice, region, soft_dice, surface_dice
 from medvl_sam2.training.phantom import STRUCTURES
-from medvl_sam2.training.questions import answer_is_right, hidden_structures, make_questions, shown_structures
+from medvl_sam2.training.questions import (
+    Question,
+    answer_is_right,
+    hidden_structures,
+    make_questions,
+    shown_structures,
+)
 from medvl_sam2.training.reports import facts_findings, report_findings, write_report
 from medvl_sam2.training.summary import summarise, write_tables
 from medvl_sam2.training.terms import FINDING_TERMS
@@ -44,17 +50,19 @@ def run(
     out: str | Path | None = None,
     processes: int = 1,
     tasks: Sequence[str] = TASKS,
+    split: str = "test",
 ) -> dict[str, Any]:
     """Evaluate a model.
 
     Args:
         model: Preset with weights, or model directory.
-        data: "phantom", or a folder of real CTs with masks and labels.json.
+        data: "phantom", a folder of real CTs with masks and labels.json, or a manifest of public data sets (.jsonl).
         seeds: Phantoms, from 1,000,000 on.
         out: Folder for `scans.jsonl` (a line per scan), `summary.json`, `objects.csv`, `classes.csv` and `dice.png`.
         processes: Scans at a time.
-        tasks: Of `TASKS`, or "prompts": segmentation with point and box alone beside those with the name. Real scans
-            have truth for the last two.
+        tasks: Of `TASKS`, or "prompts": segmentation with point and box alone beside those with the name. Each is run
+            on the scans that have truth for it.
+        split: Of a manifest.
 
     Returns:
         The measures, by name, with their 95 % bootstrap intervals under "intervals"; Dice values are means over
@@ -69,8 +77,11 @@ def run(
         rows = _run_phantoms(str(model), list(seeds), processes, tuple(tasks))
     else:
         engine = MedVLEngine.from_pretrained(model)
-        scans = tqdm(folder_cases(Path(data)), desc="scans", disable=None)
-        rows = [evaluate_case(engine, case, tasks) for case in scans]
+        if Path(data).suffix == ".jsonl":
+            cases = manifest_cases(Path(data), split, engine.config.volume.window)
+        else:
+            cases = folder_cases(Path(data))
+        rows = [evaluate_case(engine, case, tasks) for case in tqdm(cases, desc="scans", disable=None)]
     summary = {
         "model": str(model),
         "data": str(data),
@@ -126,10 +137,12 @@ def evaluate_case(engine: MedVLEngine, case: TruthCase, tasks: Sequence[str] = T
             hidden = hidden_structures(case.facts)
             refused = [found.absent for found in session.segment_all(hidden)] if hidden else []
             row["absent"] = dict(zip(hidden, refused))
-    if case.facts is not None and "report" in tasks:
-        row |= _report(session, case.facts, np.random.default_rng([8, seed]))
-    if case.facts is not None and "vqa" in tasks:
-        row["questions"] = _questions(session, case.facts, np.random.default_rng([9, seed]))
+    if "report" in tasks and (case.facts is not None or case.report is not None):
+        row |= _report(session, case, np.random.default_rng([8, seed]))
+    if "vqa" in tasks and (case.facts is not None or case.questions):
+        phantom = case.facts is not None
+        questions = make_questions(case.facts, np.random.default_rng([9, seed])) if phantom else case.questions
+        row["questions"] = _questions(session, questions)
     session.release()
     return row
 
@@ -177,7 +190,7 @@ def _soft(found: Segmentation, truth: Region) -> float:
 
 
 def _request(name: str) -> str:
-    return name if name in STRUCTURES else FINDING_TERMS[name].noun
+    return FINDING_TERMS[name].noun if name in FINDING_TERMS else name
 
 
 def _marks(truth: Region) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
@@ -190,21 +203,23 @@ def _marks(truth: Region) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
     return (int(x) + x0, int(y) + y0, z + z0, 1), box
 
 
-def _report(session: VolumeSession, facts: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+def _report(session: VolumeSession, case: TruthCase, rng: np.random.Generator) -> dict[str, Any]:
     report = session.report().text
-    told, true = report_findings(report), facts_findings(facts)
+    if case.facts is None:
+        return {"report": report, "reference": case.report}
+    told, true = report_findings(report), facts_findings(case.facts)
     return {
         "report": report,
-        "reference": write_report(facts, rng),
+        "reference": write_report(case.facts, rng),
         "findings": {"right": len(told & true), "told": len(told), "true": len(true)},
         "missed": sorted(map(str, true - told)),
         "invented": sorted(map(str, told - true)),
     }
 
 
-def _questions(session: VolumeSession, facts: dict[str, Any], rng: np.random.Generator) -> list[dict[str, Any]]:
+def _questions(session: VolumeSession, questions: list[Question]) -> list[dict[str, Any]]:
     rows, long = [], 0
-    for question in make_questions(facts, rng):
+    for question in questions:
         if question.kind == "long":
             long += 1
             if long > _LONG:

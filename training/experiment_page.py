@@ -52,7 +52,8 @@ def write_page(results: Path, page: Path) -> Path:
         "",
         "The paper's claims (arXiv 2601.09879) at the scale of the `tiny` preset, on phantoms that no run has seen. "
         "They say what holds for a small model on made scans, not what holds for the paper's model on patients. "
-        "Numbers are mean ± standard deviation over seeds.",
+        "Numbers are mean ± standard deviation over seeds; a difference is taken for real where its mean over pairs of "
+        "equal seed is no smaller than its standard deviation.",
     ]
     for name, section in sections.items():
         if (results / f"{name}.json").is_file():

@@ -104,8 +104,8 @@ def run_phase(
                 torch.manual_seed(config.seed * 1_000_003 + number)
                 with (
                     synchronise(called, part + 1 == phase.accumulate),
-                    # Sharded parameters cannot be traced; elsewhere the first batch stands for all.
-                    _counted(not flops and called is trained) as counter,
+                    # The first batch stands for all; with several processes nothing may come between the collectives.
+                    _counted(not flops and world.size == 1) as counter,
                 ):
                     with precision.autocast(config.precision, world.device):
                         values = called(to_device(batch, world.device))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from medvl_sam2.training.phantom import STRUCTURES
+from medvl_sam2.training.terms import FINDING_TERMS
 from medvl_sam2.training.text_metrics import Estimate, caption_scores, ratio
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
             intervals[name] = [round(estimate.low, 4), round(estimate.high, 4)]
 
     objects = [(row["name"], entry) for row in rows for entry in row["objects"]]
-    structures = [(scan, entry) for scan, entry in objects if entry["name"] in STRUCTURES]
+    structures = [(scan, entry) for scan, entry in objects if entry["name"] not in FINDING_TERMS]
     large = [(scan, entry) for scan, entry in structures if entry["volume_ml"] >= LARGE_ML]
     if objects:
         for mode in sorted(MODES):
@@ -56,8 +56,9 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         summary["vqa_open"] = _captions([q["answer"] for q in open_ones], [q["truth"] for q in open_ones])
     reports = [row for row in rows if "report" in row]
     if reports:
-        counts = [row["findings"] for row in reports]
-        put("findings_f1", ratio([2 * c["right"] for c in counts], [c["told"] + c["true"] for c in counts]))
+        counts = [row["findings"] for row in reports if "findings" in row]
+        if counts:
+            put("findings_f1", ratio([2 * c["right"] for c in counts], [c["told"] + c["true"] for c in counts]))
         summary["report"] = _captions([row["report"] for row in reports], [row["reference"] for row in reports])
     if any(row.get("absent") for row in rows):
         refused = [(row["name"], {"value": value}) for row in rows for value in row.get("absent", {}).values()]
