@@ -10,6 +10,7 @@ import torch
 
 from medvl_sam2 import __version__
 from medvl_sam2.kernels._common import op_status
+from medvl_sam2.kernels.attention import attention_status
 
 REQUIRED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "scipy", "nibabel", "SimpleITK")
 OPTIONAL = {
@@ -85,8 +86,14 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "device": device_info(),
         "kernels": [asdict(status) for status in op_status()],
+        "attention": attention_status("cuda" if torch.cuda.is_available() else "cpu"),
         "packages": optional_packages(),
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("MEDVL_SAM2_")},
+        "environment": {
+            # Output of `info` is pasted into bug reports: secrets stay out of it.
+            key: "(set)" if key.endswith("_KEYS") else value
+            for key, value in sorted(os.environ.items())
+            if key.startswith("MEDVL_SAM2_")
+        },
     }
 
 
@@ -121,6 +128,7 @@ def describe(document: dict[str, Any]) -> str:
         lines.append(f"CUDA: none ({device['cuda_missing']})")
     lines += ["", "Kernels:"]
     lines += [f"  {k['name']:<22} {k['path']:<10} {k['reason']}" for k in document["kernels"]]
+    lines.append(f"  {'attention':<22} {document['attention']['used']:<10} {document['attention']['why']}")
     lines += ["", "Optional packages:"]
     for package in document["packages"]:
         state = package["version"] or ""

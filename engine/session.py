@@ -233,6 +233,8 @@ class VolumeSession:
         Args:
             targets: As in `segment`. One that the model takes for several objects ("kidneys") gives their union.
         """
+        if not targets:
+            return []
         before = dict(self.stages)
         with self._engine.using(self):
             names, forced = self._force(targets)

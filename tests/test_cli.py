@@ -314,13 +314,18 @@ def test_failure_that_is_not_the_users_is_status_1(run, ct, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_info(run):
+def test_info(run, monkeypatch):
+    monkeypatch.setenv("MEDVL_SAM2_API_KEYS", "hush")
+    monkeypatch.setenv("MEDVL_SAM2_DISABLE", "mixer")
     status, text, _ = run("info", "--json")
     assert status == 0
     document = json.loads(text)
     assert document["versions"]["torch"]
     assert {kernel["name"] for kernel in document["kernels"]} >= {"mask_epilogue", "mixer", "volume_ingest"}
     assert all(kernel["reason"] for kernel in document["kernels"])
+    assert document["attention"]["used"]
+    assert document["environment"]["MEDVL_SAM2_DISABLE"] == "mixer"
+    assert "hush" not in text
     assert run("info")[0] == 0
 
 
