@@ -42,7 +42,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the prepared scans")
     cache.add_argument("--split", choices=("train", "val", "test"), help="one split only")
     cache.add_argument("--features", action="store_true", help="also keep the image encoder's features, for stage 1")
-    cache.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the features (default: fp32)")
+    cache.add_argument("--precision", default="fp32", help="of the training run, for the features (default: fp32)")
+    cache.add_argument("--device", default="auto", help="where to compute them (default: auto)")
 
 
 def run(args: Namespace) -> Result:
@@ -107,6 +108,7 @@ def _cache(args: Namespace) -> Result:
         processes=args.processes,
         features=args.features,
         precision=args.precision,
+        device=args.device,
     )
     lines = [f"{problem['path']}: {problem['reason']}" for problem in document["problems"]]
     lines.append(f"{document['scans']} scans prepared in {args.out}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from medvl_sam2.engine.geometry import InputError
+from medvl_sam2.engine.precision import choose_device
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.training.augment import NONE, Chances
 from medvl_sam2.training.config import TrainConfig
@@ -36,5 +37,5 @@ def build_real(config: TrainConfig, out: Path) -> tuple[MedVLSAM2, ManifestBatch
     chances = Chances() if config.data.augment else NONE
     batches = ManifestBatches(store, model.config, model.chat, config, chances=chances, features=features)
     if features is not None and config.stage1.steps:
-        features.fill(model, store, batches.usable("stage1"))
+        features.fill(model, store, batches.usable("stage1"), choose_device(config.device))
     return model, batches

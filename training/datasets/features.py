@@ -1,5 +1,6 @@
 """Features of the frozen image encoder, kept on disk: stage 1 trains the projector alone and need not run the ViT."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,8 +19,10 @@ from medvl_sam2.engine.files import make_folder, replacing
 from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.vision import VisionEncoder
 from medvl_sam2.training.clips import windowed
 from medvl_sam2.training.datasets.store import ManifestStore
+from medvl_sam2.training.precision import autocast, lower
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ class FeatureCache:
     Args:
         folder: Of all caches.
         model: Whose image encoder is frozen.
-        precision: "fp32" or "bf16" (autocast), as in training.
+        precision: Of the run that will train on them; see `training.precision`.
     """
 
     def __init__(self, folder: str | Path, model: MedVLSAM2, precision: str = "fp32"):
@@ -57,15 +60,19 @@ class FeatureCache:
                 f"{self.path(name)}: no features of {name}; run 'medvl-sam2 data cache --features'"
             ) from error
 
-    def fill(self, model: MedVLSAM2, store: ManifestStore, rows: Sequence[int]) -> None:
+    def fill(
+        self, model: MedVLSAM2, store: ManifestStore, rows: Sequence[int], device: torch.device | str = "cpu"
+    ) -> None:
         """Compute what is missing, scan by scan.
 
         Args:
-            model: The model.
+            model: The model; it stays where it is.
             store: Scans.
             rows: Positions in the store. A scan that cannot be read is named and left out.
+            device: Where to compute: the one to train on, for the very numbers that training would see.
         """
         make_folder(self.folder)
+        encoder = None
         for index in tqdm(rows, desc="features", disable=None):
             record = store.record(int(index))
             if self.path(record.id).is_file():
@@ -75,7 +82,10 @@ class FeatureCache:
             except InputError as error:
                 logger.warning("%s; left out", error)
                 continue
-            self.keep(record.id, encode(model, sample.grid, self.precision))
+            if encoder is None:
+                encoder = copy.deepcopy(model.vision).to(device).eval()
+                lower(encoder, self.precision)
+            self.keep(record.id, encode(encoder, sample.grid, model.config.volume.window, self.precision))
 
     def keep(self, name: str, features: Tensor) -> None:
         """Write the features of a record, whole or not at all."""
@@ -86,18 +96,19 @@ class FeatureCache:
 
 
 @torch.no_grad()
-def encode(model: MedVLSAM2, grid: np.ndarray, precision: str = "fp32") -> Tensor:
+def encode(encoder: VisionEncoder, grid: np.ndarray, window: tuple[float, float], precision: str = "fp32") -> Tensor:
     """(T, C) features of one scan by itself, as the image encoder gives them in training.
 
     Args:
-        model: The model.
+        encoder: With its weights lowered to the precision.
         grid: (D, H, W) int16 HU.
-        precision: See `FeatureCache`.
+        window: HU mapped to 0 and 1.
+        precision: Of the run.
     """
-    device = next(model.vision.parameters()).device
-    values = windowed(torch.from_numpy(grid.astype(np.float32)), model.config.volume.window)[None, None].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model.vision(values)[0]
+    weight = encoder.cls_token
+    values = windowed(torch.from_numpy(grid.astype(np.float32)), window)[None, None]
+    with autocast(precision, weight.device):
+        return encoder(values.to(weight.device, weight.dtype))[0]
 
 
 def _stamp(model: MedVLSAM2, precision: str) -> str:

@@ -9,7 +9,7 @@ from medvl_sam2.model.prompts import SEG, with_choices
 from medvl_sam2.training.datasets.base import Record, Text
 from medvl_sam2.training.datasets.store import RealSample
 from medvl_sam2.training.requests import SegmentationRequest, several_answer
-from medvl_sam2.training.templates import fill
+from medvl_sam2.training.templates import INTERACTIVE_TEMPLATES, fill
 from medvl_sam2.training.terms import STRUCTURE_TERMS, join_words
 
 Turn = tuple[str, str]
@@ -99,8 +99,11 @@ def _present(
 ) -> SegmentationRequest:
     name = present[int(rng.integers(len(present)))]
     if marked:
-        said = "" if rng.random() < _UNNAMED else words(name)
-        return _request("interactive", _plural(fill("interactive", rng, said), said), fill("seg_answer", rng), (name,))
+        if rng.random() < _UNNAMED:
+            return _request("interactive", fill("interactive", rng), fill("seg_answer", rng), (name,))
+        said, named = words(name), [text for text in INTERACTIVE_TEMPLATES if "{}" in text]
+        text = named[int(rng.integers(len(named)))].format(said)
+        return _request("interactive", _plural(text, said), fill("seg_answer", rng), (name,))
     if len(present) > 1 and rng.random() < _SEVERAL:
         chosen = [present[int(i)] for i in rng.permutation(len(present))[: 2 if rng.random() < 0.7 else 3]]
         said = [words(one) for one in chosen]
