@@ -26,10 +26,6 @@ _small = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_small)
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 def make_model() -> MedVLSAM2:
     torch.manual_seed(0)
     config = _small.small_config()
@@ -44,7 +40,7 @@ class MakeBatch:
 
     def __call__(self, number: int) -> JointBatch:
         if self.stop is not None and number >= self.stop:
-            raise Killed
+            raise InterruptedError
         rng = np.random.default_rng(number)
         side, size = self.config.sam2.image_size, self.config.sam2.mask_size
 
@@ -79,7 +75,7 @@ def train(out: Path, world: World, *, parallel: str = "ddp", killed: bool = Fals
     batches = MakeBatch(model, 2 * (SAVED + 1) if killed else None)
     try:
         run_phase("stage3", objective, batches, config, out, world)
-    except Killed:
+    except InterruptedError:
         assert killed
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
