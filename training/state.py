@@ -48,7 +48,7 @@ class PhaseState:
             return 0
         for key, value in kept["parameters"].items():
             self.masters.tuned[key].copy_(like(value, self.masters.tuned[key]))
-        for key, value in kept["buffers"].items():
+        for key, value in kept.get("buffers", {}).items():
             self.buffers[key].copy_(value)
         for key, value in kept.get("averages", {}).items():
             if key in self.averages:
