@@ -23,13 +23,15 @@ from medvl_sam2.kernels._common import check_dtype, check_same_device, check_sha
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
 from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.linear import linear
 from medvl_sam2.kernels.window_attention_kernels import (
     column_blocks,
     forward_kernel,
-    gradient_tile,
     key_gradient_kernel,
+    key_gradient_tile,
     precision,
     query_gradient_kernel,
+    query_gradient_tile,
     window_tile,
 )
 from medvl_sam2.kernels.window_attention_torch import (
@@ -104,11 +106,13 @@ def _launch_windows_backward(
     delta = (grad.float() * out.float()).unflatten(-1, (num_heads, dim)).sum(-1)
     d1, d2 = column_blocks(dim)
     key = f"D{dim}-W{window_size}-{'pool' if pool else 'same'}"
-    config = tile("window_attention_bwd", gradient_tile(window_size, pool, qkv.dtype), qkv.device, key)
+    sizes = (window_size, pool, qkv.dtype)
+    query_config = tile("window_attention_dq", query_gradient_tile(*sizes), qkv.device, key)
+    key_config = tile("window_attention_dk", key_gradient_tile(*sizes), qkv.device, key)
     windows = b * triton.cdiv(h, window_size) * triton.cdiv(w, window_size)
     padded = bool(h % window_size or w % window_size)
-    query_tiles = triton.cdiv((window_size // step) ** 2, config["BLOCK_M"])
-    key_tiles = triton.cdiv(window_size**2, config["BLOCK_N"])
+    query_tiles = triton.cdiv((window_size // step) ** 2, query_config["BLOCK_M"])
+    key_tiles = triton.cdiv(window_size**2, key_config["BLOCK_N"])
     shape = (windows * key_tiles, 2 * channels // 3) if padded else (0,)
     sums = torch.empty(shape, dtype=torch.float32, device=qkv.device)
     constants = {"WINDOW": window_size, "POOL": pool, "PADDED": padded, "DIM": dim, "D1": d1, "D2": d2}
@@ -116,8 +120,8 @@ def _launch_windows_backward(
     inputs = (qkv, qkv if padding is None else padding.contiguous(), grad, lse, delta, dqkv)
     sizes = (h, w, num_heads, dim**-0.5)
     with device_guard(qkv):
-        query_gradient_kernel[(windows, num_heads, query_tiles)](*inputs, *sizes, **constants, **config)
-        key_gradient_kernel[(windows, num_heads, key_tiles)](*inputs, sums, *sizes, **constants, **config)
+        query_gradient_kernel[(windows, num_heads, query_tiles)](*inputs, *sizes, **constants, **query_config)
+        key_gradient_kernel[(windows, num_heads, key_tiles)](*inputs, sums, *sizes, **constants, **key_config)
     dpadding = torch.zeros(channels, dtype=torch.float32, device=qkv.device)
     if padded:
         dpadding[channels // 3 :] = sums.sum(0)
@@ -255,6 +259,6 @@ def projected_window_attention(
     b, h, w, _ = x.shape
     whole = window_size > 0 and h % window_size == 0 and w % window_size == 0 and not (pool and window_size % 2)
     if x.is_cuda or not whole or weight.shape[0] % (3 * num_heads):
-        return window_attention(F.linear(x, weight, bias), num_heads, window_size, bias, pool=pool)
-    out = attend_in_windows(F.linear(partition(x, window_size), weight, bias), num_heads, pool)
+        return window_attention(linear(x, weight, bias), num_heads, window_size, bias, pool=pool)
+    out = attend_in_windows(linear(partition(x, window_size), weight, bias), num_heads, pool)
     return unpartition(out, b, *((h // 2, w // 2) if pool else (h, w)))

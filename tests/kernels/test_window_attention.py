@@ -165,7 +165,11 @@ def test_kernels_in_the_interpreter(shape, dtype):
     qkv = torch.stack((qkv, qkv), -1).flatten(-2)[..., ::2]
     sizes = (heads, window, pool)
     small = {"BLOCK_M": 16, "BLOCK_N": 16}
-    with force_tile("window_attention", small), force_tile("window_attention_bwd", small):
+    with (
+        force_tile("window_attention", small),
+        force_tile("window_attention_dq", small),
+        force_tile("window_attention_dk", small),
+    ):
         out, lse = module._launch_windows(qkv, padding, *sizes, True)
         want, want_lse = attend_windows(qkv, padding, *sizes, True)
         assert_rms_close(out, want)
