@@ -306,8 +306,10 @@ def _build(directory: Path, device: torch.device, dtype: torch.dtype, options: d
         "max_model_len": config.max_position_embeddings,
         "enforce_eager": device.type == "cpu",
         **lora,
-        **options,
     }
-    engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+    if device.type == "cpu":
+        # The default of 128 tokens would leave much of a scan's prefix out of the cache.
+        settings["block_size"] = 32
+    engine = LLMEngine.from_engine_args(EngineArgs(**settings | options))
     request = LoRARequest("medvl-sam2", 1, str(adapter)) if lora else None
     return engine, request, config.hidden_size

@@ -14,7 +14,7 @@ from medvl_sam2.model.export import export_language
 from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.prompts import ABSENT_ANSWER, SEGMENT_ANSWER, ChatTokens
 
-VISUAL = 40
+VISUAL = 80
 QUESTIONS = ("Segment the liver.", "Is there a pleural effusion?", "What is the size of the left kidney?")
 LENGTH = 14
 
@@ -100,7 +100,7 @@ def backend(request, chat, oracle, tmp_path_factory):
 
     directory = export_language(oracle, tmp_path_factory.mktemp("exported"))
     # Steps of few tokens, so that prompts are taken in chunks.
-    options = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_model_len": 512, "seed": 0}
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 16, "max_model_len": 512, "seed": 0}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return VLLMBackend(directory, chat, "input", device=device, **options)
 
