@@ -65,7 +65,11 @@ def test_a_checkpoint_of_two_goes_on_in_one(runs, kind):
     trained = script.train(out / kind, World())
     assert losses(out / kind) == pytest.approx(losses(out / "whole"), rel=1e-4)
     for name, value in trained.items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
+        # A bias of keys shifts all scores of a query alike: its gradient is rounding noise, which AdamW scales up.
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(
+                value, whole[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def test_a_checkpoint_of_one_goes_on_in_two(runs):
