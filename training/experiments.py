@@ -129,6 +129,8 @@ def _trained(lab: Lab, arm: str, seed: int, until: str | None = None) -> Path:
     settings = preset(config.preset)
     kind = arm if arm in PROJECTORS else "mixer"
     settings = dataclasses.replace(settings, projector=dataclasses.replace(settings.projector, kind=kind))
+    # A run that goes no further leaves the weights of that stage where finished ones stood.
+    (out / "model.done").unlink(missing_ok=True)
     train.run(config, out, until=until, settings=settings)
     if until is not None:
         shutil.copytree(out / "model", keep, dirs_exist_ok=True)
