@@ -75,9 +75,12 @@ def run_phase(
     world = world or World()
     phase: PhaseConfig = getattr(config, name)
     precision.check(config.precision, config.parallel)
+    path = out / "checkpoints" / f"{name}.pt"
+    if not phase.steps and not path.is_file():
+        return
     precision.lower(objective, config.precision)
     called, trained = spread(objective, world, config.parallel)
-    state = PhaseState(out / "checkpoints" / f"{name}.pt", trained, phase, config)
+    state = PhaseState(path, trained, phase, config)
     start = state.load()
     if start >= phase.steps:
         collect(objective, trained)

@@ -50,9 +50,9 @@ class PhaseState:
             self.masters.tuned[key].copy_(like(value, self.masters.tuned[key]))
         for key, value in kept.get("buffers", {}).items():
             self.buffers[key].copy_(value)
-        for key, value in kept.get("averages", {}).items():
-            if key in self.averages:
-                self.averages[key].copy_(like(value, self.averages[key]))
+        averages = kept.get("averages") or kept["parameters"]
+        for key, value in self.averages.items():
+            value.copy_(like(averages[key], value))
         self.masters.give_values()
         self._load_optimizer(kept["optimizer"])
         if kept.get("scaler"):
