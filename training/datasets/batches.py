@@ -69,9 +69,11 @@ class ManifestBatches:
         Raises:
             InputError: None of the split's scans.
         """
-        if stage not in self._usable:
-            records = (self.store.record(index) for index in range(len(self.store)))
-            self._usable[stage] = np.array([i for i, record in enumerate(records) if _fits(record, stage)], np.int64)
+        if not self._usable:
+            # One pass for all stages: a manifest with millions of texts takes a while to read.
+            fitting = np.array([_stages(self.store.record(index)) for index in range(len(self.store))], bool)
+            columns = fitting.reshape(-1, len(_TAGS)).T
+            self._usable = {name: np.flatnonzero(column) for name, column in zip(_TAGS, columns)}
         if not len(self._usable[stage]):
             raise InputError(
                 f"{self.store.manifest.path}: no scan with what {stage} needs; see 'medvl-sam2 data stats'"
@@ -168,11 +170,10 @@ class ManifestBatches:
         return make_clip(hu, masks, prompts, kind, self.processor, self.model)
 
 
-def _fits(record: Record, stage: str) -> bool:
-    if stage == "stage1":
-        return any(text.kind == "report" for text in record.texts)
+def _stages(record: Record) -> tuple[bool, bool, bool]:
+    """Whether each stage can use a record."""
     told = any(text.kind != "referring" for text in record.texts)
-    return told or (stage == "stage3" and bool(record.masks))
+    return any(text.kind == "report" for text in record.texts), told, told or bool(record.masks)
 
 
 def _said(sample: RealSample) -> list[str]:
