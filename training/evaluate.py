@@ -37,7 +37,7 @@ PROMPTS = "prompts"
 # Surfaces this close count as one, as TotalSegmentator's authors count them (arXiv 2208.05868).
 TOLERANCE_MM = 3.0
 # Objects per scan that are asked for with a box and a point as well: these run one at a time.
-_MARKED, _MARKED_FOR_PROMPTS = 6, 12
+_MARKED, _MARKED_FOR_PROMPTS = 3, 12
 # Long answers per scan: each takes as long as many short ones.
 _LONG = 2
 
