@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from medvl_sam2.kernels.linear import linear
 from medvl_sam2.model.sam2 import SAM2, SliceFeatures
 from medvl_sam2.model.sam2.config import PATCH_STRIDE, SAM2Config
 
@@ -38,6 +40,41 @@ def choose_chunk(config: SAM2Config, device: torch.device, dtype: torch.dtype, b
     return max(1, min(64, budget // working_bytes(config, dtype.itemsize)))
 
 
+class FoldedEncoder:
+    """SAM2's image encoder with each finest level's two 1x1 convolutions as one, in float32 and then rounded once.
+
+    The levels at strides 4 and 8 are read by the mask decoder alone, through conv_s0 and conv_s1.
+
+    Args:
+        sam2: In evaluation mode; not to be changed afterwards.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, sam2: SAM2) -> None:
+        self._trunk = sam2.image_encoder.trunk
+        coarse, level16, level8, level4 = (_matrix(step.conv) for step in sam2.image_encoder.neck.convs)
+        decoder = sam2.sam_mask_decoder
+        self._levels = (_chained(level4, decoder.conv_s0), _chained(level8, decoder.conv_s1), level16, coarse)
+
+    def __call__(self, images: Tensor) -> SliceFeatures:
+        """As `SAM2.encode_images`."""
+        maps = self._trunk(images.contiguous(memory_format=torch.channels_last))
+        fine, middle, vision, coarse = (
+            linear(x.permute(0, 2, 3, 1), *level).permute(0, 3, 1, 2) for x, level in zip(maps, self._levels)
+        )
+        return SliceFeatures(vision + F.interpolate(coarse, scale_factor=2, mode="nearest"), (fine, middle))
+
+
+def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    return conv.weight.flatten(1), conv.bias
+
+
+def _chained(first: tuple[Tensor, Tensor], second: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    weight, bias = (x.float() for x in _matrix(second))
+    dtype = second.weight.dtype
+    return (weight @ first[0].float()).to(dtype), (weight @ first[1].float() + bias).to(dtype)
+
+
 class SliceEncoder:
     """Encodes chunks of slices; where the memory does not suffice it halves the chunk, says so once, and goes on.
 
@@ -49,6 +86,7 @@ class SliceEncoder:
     def __init__(self, sam2: SAM2, chunk: int | None = None) -> None:
         weight = sam2.no_mem_embed
         self.sam2 = sam2
+        self._encode = FoldedEncoder(sam2)
         self.chunk = chunk or choose_chunk(sam2.config, weight.device, weight.dtype)
         self._has_told = False
 
@@ -59,7 +97,7 @@ class SliceEncoder:
         while start < stop:
             end = min(stop, start + self.chunk)
             try:
-                parts.append(self.sam2.encode_images(images(start, end).to(weight.device, weight.dtype)))
+                parts.append(self._encode(images(start, end).to(weight.device, weight.dtype)))
                 start = end
             except (MemoryError, RuntimeError) as error:
                 if self.chunk == 1 or not out_of_memory(error):

@@ -25,9 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medvl_sam2.kernels._common import match_autocast
+from medvl_sam2.kernels.linear import is_fast, product
 
 logger = logging.getLogger(__name__)
 
+# Below these scores per head a batched product is as fast.
+_PRODUCTS_ONE_BY_ONE = 128 * 128
+_HELD_SCORES = 2 << 20
 BACKENDS = ("auto", "flash", "xformers", "sdpa", "matmul")
 ENVIRONMENT_VARIABLE = "MEDVL_SAM2_ATTENTION"
 
@@ -87,6 +91,8 @@ def attention(
     q, k, v = match_autocast(q, k, v)
     _check_inputs(q, k, v, causal)
     wanted = requested_backend(backend)
+    if wanted == "auto" and (causal or dropout) and q.device.type == "cpu" and q.dtype == torch.float32:
+        wanted = "sdpa"
     # flash-attn 4's interface has no dropout.
     chosen = _choose("sdpa" if dropout and wanted in ("auto", "flash") and q.is_cuda else wanted, q, k, v)
     if not torch.compiler.is_compiling():
@@ -199,9 +205,11 @@ def _unsupported(name: str, device_type: str, q: Tensor, k: Tensor, v: Tensor) -
     if name == "sdpa":
         return None
     if name == "matmul":
-        if device_type != "cpu" or q.dtype != torch.bfloat16:
-            return f"pays on the CPU in bf16 only, got {device_type} and {q.dtype}"
         scores = q.shape[2] * k.shape[2]
+        if scores >= _PRODUCTS_ONE_BY_ONE and is_fast(q, k, v):
+            return None
+        if device_type != "cpu" or q.dtype != torch.bfloat16:
+            return f"pays on the CPU in bf16 and with many fp32 scores, got {device_type} and {q.dtype}"
         return None if scores <= _MATMUL_SCORES else f"pays up to {_MATMUL_SCORES} scores per head, got {scores}"
     function, flavour = _load(name)
     if function is None:
@@ -264,7 +272,17 @@ def _run_flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: boo
 
 
 def _run_matmul(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool, dropout: float) -> Tensor:
-    scores = torch.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(-2, -1))
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if not causal and not dropout and q.shape[2] * k.shape[2] >= _PRODUCTS_ONE_BY_ONE and is_fast(q, k, v):
+        # Part of one head at a time, its scores stay in the cache, and oneDNN takes the products.
+        rows = max(64, _HELD_SCORES // k.shape[2])
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        for head, b, c, target in zip(*(x.flatten(0, 1) for x in (q, k, v, out))):
+            b, c = b.contiguous(), c.mT.contiguous()
+            for a, part in zip(head.split(rows), target.split(rows)):
+                part.copy_(product(product(a, b).softmax(-1), c))
+        return out
+    scores = torch.matmul(q, k.transpose(-2, -1))
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))

@@ -61,6 +61,11 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, activation)
 
 
+def is_fast(*operands: Tensor) -> bool:
+    """Whether products of these operands are oneDNN's."""
+    return all(_takes(x, x, None) for x in operands)
+
+
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if x.device.type != "cpu" or x.dtype != _FLOAT or weight.dtype != _FLOAT or x.numel() == 0:
         return False

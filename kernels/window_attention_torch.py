@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.linear import is_fast
+
 
 def partition(x: Tensor, window: int) -> Tensor:
     """Copy a map (B, H, W, C), H and W divisible, into windows (B * n, window, window, C)."""
@@ -43,7 +46,8 @@ def attend_in_windows(qkv: Tensor, num_heads: int, pool: bool) -> Tensor:
     else:
         q, k, v = qkv.chunk(3, -1)
     q, k, v = (t.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, side, side, channels // 3)
+    attend = attention if is_fast(q, k, v) and side**2 >= 128 else F.scaled_dot_product_attention
+    return attend(q, k, v).transpose(1, 2).reshape(n, side, side, channels // 3)
 
 
 def attend_map(qkv: Tensor, padding: Tensor | None, num_heads: int, window: int, pool: bool) -> Tensor:

@@ -4,29 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medvl_sam2.kernels.attention import attention
 from medvl_sam2.kernels.linear import Linear
+from medvl_sam2.kernels.window_attention import projected_window_attention
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.layers import MLP
-
-
-def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
-    """Cut (B, H, W, C) into windows (B*n, window, window, C), zero-padded; also return the padded height and width."""
-    b, h, w, c = x.shape
-    pad_h, pad_w = -h % window, -w % window
-    if pad_h or pad_w:
-        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-    rows, columns = (h + pad_h) // window, (w + pad_w) // window
-    x = x.view(b, rows, window, columns, window, c).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, window, window, c), (h + pad_h, w + pad_w)
-
-
-def window_unpartition(x: Tensor, window: int, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Undo :func:`window_partition`: windows back to (B, H, W, C), the padding cut off."""
-    rows, columns = padded[0] // window, padded[1] // window
-    x = x.view(-1, rows, columns, window, window, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(-1, *padded, x.shape[-1])
-    return x[:, : size[0], : size[1]]
 
 
 def pool2x2(x: Tensor) -> Tensor:
@@ -35,24 +16,22 @@ def pool2x2(x: Tensor) -> Tensor:
 
 
 class MultiScaleAttention(nn.Module):
-    """Attention inside each window; ``pool`` takes the maximum of the queries over 2x2 and so halves the grid."""
+    """Attention inside each window (side 0: over the whole map).
 
-    def __init__(self, dim: int, dim_out: int, num_heads: int, pool: bool) -> None:
+    ``pool`` takes the maximum of the queries over 2x2 and so halves the map.
+    """
+
+    def __init__(self, dim: int, dim_out: int, num_heads: int, window: int, pool: bool) -> None:
         super().__init__()
-        self.num_heads, self.pool = num_heads, pool
+        self.num_heads, self.window, self.pool = num_heads, window, pool
         self.qkv = Linear(dim, dim_out * 3)
         self.proj = Linear(dim_out, dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map windows (N, H, W, dim) to (N, H', W', dim_out)."""
-        n, h, w, _ = x.shape
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.pool:
-            q = pool2x2(q)
-            h, w = h // 2, w // 2
-        q, k, v = (t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        x = attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(n, h, w, -1))
+        """Map (B, H, W, dim) to (B, H', W', dim_out)."""
+        qkv = self.qkv
+        x = projected_window_attention(x, qkv.weight, qkv.bias, self.num_heads, self.window, pool=self.pool)
+        return self.proj(x)
 
 
 class MultiScaleBlock(nn.Module):
@@ -60,9 +39,9 @@ class MultiScaleBlock(nn.Module):
 
     def __init__(self, dim: int, dim_out: int, num_heads: int, window: int, pool: bool) -> None:
         super().__init__()
-        self.window, self.pool = window, pool
+        self.pool = pool
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = MultiScaleAttention(dim, dim_out, num_heads, pool)
+        self.attn = MultiScaleAttention(dim, dim_out, num_heads, window, pool)
         self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
         self.mlp = MLP(dim_out, 4 * dim_out, dim_out, num_layers=2, gelu=True)
         if dim != dim_out:
@@ -74,14 +53,7 @@ class MultiScaleBlock(nn.Module):
         if hasattr(self, "proj"):
             shortcut = self.proj(x)
             shortcut = pool2x2(shortcut) if self.pool else shortcut
-        if self.window:
-            x, padded = window_partition(x, self.window)
-            x = self.attn(x)
-            factor = 2 if self.pool else 1
-            padded = (padded[0] // factor, padded[1] // factor)
-            x = window_unpartition(x, self.window // factor, padded, shortcut.shape[1:3])
-        else:
-            x = self.attn(x)
+        x = self.attn(x)
         x = shortcut + x
         return x + self.mlp(self.norm2(x))
 

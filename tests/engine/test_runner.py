@@ -104,6 +104,11 @@ def assert_equal(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolera
     assert 2 * (ours & theirs).sum() >= 0.999 * (ours.sum() + theirs.sum())
 
 
+def assert_same_features(got: SliceFeatures, want: SliceFeatures) -> None:
+    for mine, theirs in zip((got.vision, *got.high_res), (want.vision, *want.high_res)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def assert_telling(logits: Tensor, scores: Tensor) -> None:
     present = scores > 0
     assert present.any()
@@ -273,7 +278,8 @@ def test_lazy_features_and_a_lack_of_memory(
         encoder = SliceEncoder(sam2, chunk=8)
         whole = encoder.encode(lambda a, b: images[a:b], 0, 10)
         want = propagate(runner, whole, {4: points(1)}, start=4, **OURS)
-        encode, sizes = sam2.encode_images, []
+        assert_same_features(whole, sam2.encode_images(images))
+        encode, sizes = encoder._encode, []
 
         def scarce(x: Tensor) -> SliceFeatures:
             sizes.append(len(x))
@@ -281,14 +287,14 @@ def test_lazy_features_and_a_lack_of_memory(
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return encode(x)
 
-        monkeypatch.setattr(sam2, "encode_images", scarce)
+        monkeypatch.setattr(encoder, "_encode", scarce)
         with caplog.at_level(logging.WARNING):
             lazy = LazyFeatures(encoder, lambda a, b: images[a:b], 10)
             got = propagate(runner, lazy, {4: points(1)}, start=4, chunk=4, **OURS)
     assert_equal(got, want, tolerance=1e-4)
     assert [record.message for record in caplog.records] == ["out of memory: encoding 2 slices at a time from here on"]
     assert max(sizes[-3:]) == 2
-    monkeypatch.setattr(sam2, "encode_images", lambda x: (_ for _ in ()).throw(RuntimeError("shape")))
+    monkeypatch.setattr(encoder, "_encode", lambda x: (_ for _ in ()).throw(RuntimeError("shape")))
     with pytest.raises(RuntimeError, match="shape"):
         encoder.encode(lambda a, b: images[a:b], 0, 10)
 
