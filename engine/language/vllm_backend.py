@@ -5,7 +5,7 @@ the device.
 """
 
 import itertools
-import logging
+import math
 import os
 import secrets
 from collections import deque
@@ -24,7 +24,6 @@ from medvl_sam2.engine.vllm_plugin import TAP, architecture, register
 from medvl_sam2.model.export import ADAPTER, BASE
 from medvl_sam2.model.prompts import ChatTokens
 
-logger = logging.getLogger(__name__)
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -174,19 +173,21 @@ class VLLMBackend(LanguageBackend):
         places = [i for i, token in enumerate(answer) if token == self.chat.seg_id]
         upto = [place + (self.convention == "input") for place in places]
         with self._lock:
-            states, margins = [], []
+            submitted = []
             for question, rival in zip(questions, rivals):
-                states.append([self._submit(prefix, [*question, *answer[:end]], 1) for end in upto])
-                place = None
+                states = [self._submit(prefix, [*question, *answer[:end]], 1) for end in upto]
+                begin, weighed = self._submit(prefix, question, 1), None
                 if rival is not None:
                     place = next(i for i, (own, other) in enumerate(zip(answer, rival)) if own != other)
-                scores = None if place is None else (answer[place], rival[place])
-                margins.append(scores and self._submit(prefix, [*question, *answer[:place]], 1, scores=scores))
+                    scores = (answer[place], rival[place])
+                    weighed = self._submit(prefix, [*question, *answer[:place]], 1, scores=scores)
+                submitted.append((states, begin, weighed))
             results = []
-            for requests, weighed in zip(states, margins):
-                hidden = torch.stack([self._finish(request).rows[0] for request in requests])
-                margin = float("inf") if weighed is None else float(self._finish(weighed).margin)
-                results.append(Forced(hidden, margin))
+            for states, begin, weighed in submitted:
+                hidden = torch.stack([self._finish(request).rows[0] for request in states])
+                margin = math.inf if weighed is None else float(self._finish(weighed).margin)
+                self._finish(begin)
+                results.append(Forced(hidden, margin, begin.tokens[0]))
         return results
 
     def _submit(

@@ -170,6 +170,8 @@ def test_forced_states_and_margins_equal_full_forwards(backend, oracle, chat, vi
         start = len(chat.prefix()) + len(ids)
         expected = hidden[[start + place - (convention == "predicting") for place in places]]
         torch.testing.assert_close(result.hidden.cpu().float(), expected, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            assert result.first == int(oracle.logits(hidden[start - 1]).argmax())
         if rival is None:
             assert result.margin == math.inf
             continue
