@@ -131,8 +131,12 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     """Options of `evaluate`."""
     parser.add_argument("--model", default="tiny", metavar="NAME|DIR", help="preset or model directory (default: tiny)")
     parser.add_argument(
-        "--data", default="phantom", metavar="phantom|DIR", help="phantoms, or a folder of labelled scans"
+        "--data",
+        default="phantom",
+        metavar="phantom|DIR|FILE",
+        help="phantoms, a folder of labelled scans, or a manifest of public data sets",
     )
+    parser.add_argument("--split", default="test", help="of a manifest: train, val or test (default: test)")
     parser.add_argument(
         "--seeds", type=_seeds, default=range(1_000_000, 1_000_200), metavar="A:B", help="phantoms A to B-1"
     )

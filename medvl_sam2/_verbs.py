@@ -185,13 +185,14 @@ def evaluate(args: Namespace) -> Result:
 
     if args.data == "phantom" and args.seeds[0] < 1_000_000:
         raise InputError(f"seeds: {args.seeds[0]} may have been trained on; give 1000000 or more")
-    if args.data != "phantom" and not Path(args.data).is_dir():
-        raise InputError(f"data: expected phantom or a folder of labelled scans, got {args.data}")
+    listed = Path(args.data).suffix == ".jsonl" and Path(args.data).is_file()
+    if args.data != "phantom" and not listed and not Path(args.data).is_dir():
+        raise InputError(f"data: expected phantom, a folder of labelled scans or a manifest (.jsonl), got {args.data}")
     if unknown := [task for task in args.task if task not in (*TASKS, PROMPTS)]:
         raise InputError(f"task: expected {', '.join((*TASKS, PROMPTS))}, got {unknown[0]!r}")
     out = None if args.out is None else make_folder(args.out)
     disable_progress_bar()
-    options = {"seeds": args.seeds, "out": out, "processes": args.processes, "tasks": args.task}
+    options = {"seeds": args.seeds, "out": out, "processes": args.processes, "tasks": args.task, "split": args.split}
     summary = run(args.model, args.data, **options)
     lines = []
     for name, value in summary.items():
