@@ -293,7 +293,8 @@ def _build(directory: Path, device: torch.device, dtype: torch.dtype, options: d
     lora: dict[str, Any] = {}
     if adapter.is_dir():
         rank = PeftConfig.from_pretrained(adapter).r
-        lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _RANKS if r >= rank)}
+        # vLLM's CPU operations give a request without adapter the last slot, so that one must stay empty.
+        lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": next(r for r in _RANKS if r >= rank)}
     settings = {
         "model": str(directory / BASE),
         "skip_tokenizer_init": True,
