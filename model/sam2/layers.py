@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.axial_rope import axial_rope_tables
 from medvl_sam2.kernels.linear import Linear
 
 
@@ -114,21 +115,7 @@ def pointer_position(num_slices: int, span: int, dim: int, device: torch.device)
 
 
 @lru_cache(maxsize=64)
-def rope_tables(size: int, dim: int, device: torch.device, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of axial rotary positions on a square grid, each (size*size, dim/2) in float32.
-
-    The first half of the channel pairs turns with x, the second with y, as in facebookresearch/sam2.
-    """
+def rope_tables(size: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of axial rotary positions on a square grid, each (size*size, dim/2) in float32."""
     with torch.inference_mode(False), torch.no_grad():
-        freqs = 1.0 / theta ** (torch.arange(0, dim, 4, dtype=torch.float32, device=device)[: dim // 4] / dim)
-        steps = torch.arange(size, dtype=torch.float32, device=device)
-        axis = torch.outer(steps, freqs)
-        x, y = axis[None].expand(size, size, -1), axis[:, None].expand(size, size, -1)
-        angles = torch.cat((x, y), dim=-1).flatten(0, 1)
-        return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (2i, 2i+1) of x (..., N, dim) by tables (N, dim/2); float32 inside, x's dtype outside."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+        return axial_rope_tables(size, size, dim, device)

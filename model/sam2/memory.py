@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.axial_rope import rope_linear
 from medvl_sam2.kernels.linear import Linear
+from medvl_sam2.kernels.memory_attention import Projections, memory_attention, memory_self_attention
 from medvl_sam2.model.sam2.config import SAM2Config
-from medvl_sam2.model.sam2.layers import LayerNorm2d, apply_rope, multi_head_attention, rope_tables, sine_position
+from medvl_sam2.model.sam2.layers import LayerNorm2d, multi_head_attention, rope_tables, sine_position
 
 
 class MaskDownSampler(nn.Module):
@@ -98,19 +100,29 @@ class RoPEAttention(nn.Module):
         self.out_proj = Linear(dim, dim)
         self.dropout = dropout
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, num_unplaced: int = 0) -> Tensor:
-        """Attend from q (B, N, dim) to k, v (B, M, kv_dim), N a square grid.
+    def projections(self) -> Projections:
+        """The weights in the kernels' form."""
+        parts = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        return Projections(*(tensor for part in parts for tensor in (part.weight, part.bias)))
 
-        The last ``num_unplaced`` keys have no place in the grid (object pointers) and are not turned.
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, position: Tensor | None = None, num_unplaced: int = 0
+    ) -> Tensor:
+        """Attend from x (B, N, dim), N a square grid, to itself or to ``memory`` (B, M, kv_dim).
+
+        Keys of a memory are that of memory + ``position``; its last ``num_unplaced`` tokens have no place in the grid
+        (object pointers) and are not turned.
         """
-        q, k, v = self.q_proj(q), self.k_proj(k), self.v_proj(v)
-        cos, sin = rope_tables(round(q.shape[1] ** 0.5), q.shape[-1], q.device)
-        placed = k.shape[1] - num_unplaced
-        grids = apply_rope(k[:, :placed].unflatten(1, (-1, q.shape[1])), cos, sin).flatten(1, 2)
-        k = torch.cat((grids, k[:, placed:]), dim=1) if num_unplaced else grids
-        q = apply_rope(q, cos, sin)
-        out = multi_head_attention(q, k, v, num_heads=1, dropout=self.dropout if self.training else 0.0)
-        return self.out_proj(out)
+        weights = self.projections()
+        rope = rope_tables(round(x.shape[1] ** 0.5), weights.q_weight.shape[0], x.device)
+        if self.training and self.dropout:
+            source, values = (x, x) if memory is None else (memory + position, memory)
+            q = rope_linear(x, weights.q_weight, weights.q_bias, rope)
+            k = rope_linear(source, weights.k_weight, weights.k_bias, rope, num_plain_tokens=num_unplaced)
+            return self.out_proj(multi_head_attention(q, k, self.v_proj(values), num_heads=1, dropout=self.dropout))
+        if memory is None:
+            return memory_self_attention(x, weights, rope)
+        return memory_attention(x, memory, position, weights, rope, num_pointer_tokens=num_unplaced)
 
 
 class MemoryAttentionLayer(nn.Module):
@@ -131,11 +143,11 @@ class MemoryAttentionLayer(nn.Module):
     def self_attention(self, x: Tensor) -> Tensor:
         """Residual self-attention on (B, h*w, d); it reads no memory, so it can be shared between objects."""
         y = self.norm1(x)
-        return x + self.dropout(self.self_attn(y, y, y))
+        return x + self.dropout(self.self_attn(y))
 
     def cross_attention(self, x: Tensor, memory: Tensor, position: Tensor, num_pointer_tokens: int) -> Tensor:
         """Residual cross-attention to ``memory`` (B, M, mem_dim); positions are added to the keys alone."""
-        y = self.cross_attn_image(self.norm2(x), memory + position, memory, num_pointer_tokens)
+        y = self.cross_attn_image(self.norm2(x), memory, position, num_pointer_tokens)
         return x + self.dropout(y)
 
     def feed_forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medvl_sam2.kernels.axial_rope import rope_linear
 from medvl_sam2.model.sam2 import (
     NO_OBJECT,
     SAM2,
@@ -14,7 +15,7 @@ from medvl_sam2.model.sam2 import (
     VolumeTracker,
     propagate,
 )
-from medvl_sam2.model.sam2.layers import apply_rope, rope_tables, sine_position
+from medvl_sam2.model.sam2.layers import rope_tables, sine_position
 
 SIZE, SLICES = 64, 5
 CONFIG = SAM2Config.preset("micro", image_size=SIZE)
@@ -192,7 +193,8 @@ def test_step_never_looks_at_values(preset: str) -> None:
 def test_rope_is_a_complex_rotation() -> None:
     size, dim = 5, 16
     x = torch.randn(2, size * size, dim, dtype=torch.float64).float()
-    turned = apply_rope(x, *rope_tables(size, dim, x.device))
+    halves = rope_linear(x, torch.eye(dim), None, rope_tables(size, dim, x.device))
+    turned = torch.stack(halves.chunk(2, dim=-1), dim=-1).flatten(-2)
     freqs = 10000.0 ** (-torch.arange(0, dim, 4, dtype=torch.float64) / dim)
     places = torch.arange(size * size)
     angles = torch.cat((torch.outer(places % size, freqs), torch.outer(places // size, freqs)), dim=1)
