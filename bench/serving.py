@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scan", type=Path, action="append", required=True, help="may be repeated")
     parser.add_argument("--language-backend", choices=LANGUAGE_BACKENDS, default="transformers")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--kinds", nargs="+", choices=sorted(set(KINDS)), default=KINDS, help="default: all, mixed")
     args = parser.parse_args(arguments)
     engine = MedVLEngine.from_pretrained(args.model, language_backend=args.language_backend)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         while not server.started:
             time.sleep(0.05)
         port = server.servers[0].sockets[0].getsockname()[1]
-        document = asyncio.run(_measure(f"http://127.0.0.1:{port}", args.scan))
+        document = asyncio.run(_measure(f"http://127.0.0.1:{port}", args.scan, args.kinds))
         server.should_exit = True
         thread.join()
     document |= {
@@ -64,10 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-async def _measure(url: str, scans: list[Path]) -> dict[str, Any]:
+async def _measure(url: str, scans: list[Path], kinds: Sequence[str]) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=url, timeout=600) as http:
         volumes = [await _prepare(http, scan) for scan in scans]
-        jobs = [(KINDS[i % len(KINDS)], *volumes[i % len(volumes)]) for i in range(REQUESTS)]
+        jobs = [(kinds[i % len(kinds)], *volumes[i % len(volumes)]) for i in range(REQUESTS)]
         alone, alone_seconds = await _run(http, jobs, at_once=False)
         together, together_seconds = await _run(http, jobs, at_once=True)
     if [answer for _, answer in alone] != [answer for _, answer in together]:
@@ -78,7 +80,7 @@ async def _measure(url: str, scans: list[Path]) -> dict[str, Any]:
         "at_once": _summary([seconds for seconds, _ in together], together_seconds),
         "alone_by_kind_ms": {
             kind: round(float(np.median([s for (k, *_), (s, _) in zip(jobs, alone) if k == kind]) * 1e3), 1)
-            for kind in dict.fromkeys(KINDS)
+            for kind in dict.fromkeys(kinds)
         },
     }
 
