@@ -84,10 +84,12 @@ class ChainLoop:
             if loop is None:
                 shared = SharedSlices.join([view[index] for view, index in zip(views, where)], state.objects)
                 memory = ring.open(steps, state.pointers, self._positions)
-                out = state.runner.segment(shared, memory, prompt, self._options.gate)
+                slots = [step.slot for step in steps]
+                wants_memory = any(slot is not None for slot in slots)
+                out, tokens = state.runner.step(shared, memory, prompt, self._options.gate, wants_memory)
                 state.store(where, out)
-                if any(step.slot is not None for step in steps):
-                    ring.write([step.slot for step in steps], state.runner.remember(shared, out))
+                if tokens is not None:
+                    ring.write(slots, tokens)
             else:
                 for chain, (view, index) in enumerate(zip(views, where)):
                     if view.enter(index) or steps[0] is chains[0][0]:
@@ -97,8 +99,8 @@ class ChainLoop:
                 state.tracked[step.index] = False
                 state.forget(step.index)
                 if step.slot is not None and state.is_near(step.index):
-                    tokens = ring.tokens if loop is None else loop.ring.tokens
-                    state.keep(step.index, tokens[chain, :, step.slot])
+                    held = ring.tokens if loop is None else loop.ring.tokens
+                    state.keep(step.index, held[chain, :, step.slot])
         if loop is not None:
             done = [step.index for steps in chains for step in steps]
             state.logits[done], state.scores[done] = loop.logits[done], loop.scores[done]

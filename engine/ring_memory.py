@@ -252,6 +252,7 @@ class OpenMemory:
 
     def __init__(self, ring: RingMemory, steps: Sequence[Step], pointers: Tensor, positions: Tensor) -> None:
         self._ring, self._steps = ring, steps
+        self._rows = range(ring.chains * ring.objects)
         split = ring.reader.split
         centre = (len(positions) - 1) // 2
         self._pointers, self._pointer_keys = [], []
@@ -264,21 +265,27 @@ class OpenMemory:
 
     @property
     def rows(self) -> int:
-        """Rows of the ring."""
-        return self._ring.chains * self._ring.objects
+        """How many rows there are."""
+        return len(self._rows)
+
+    def narrow(self, part: slice) -> "OpenMemory":
+        """A view of some rows."""
+        view = copy(self)
+        view._rows = self._rows[part]
+        return view
 
     def attend(self, number: int, queries: Tensor) -> Tensor:
         """What layer ``number`` reads with queries (rows, N, D): averaged memories (rows, N, mem_dim)."""
         # Row by row, so that a row's keys are still in the cache when they are used.
         parts = [
             memory_attention_cached(
-                queries[row : row + 1],
+                queries[place : place + 1],
                 self._keys(number, row),
                 self._values(row),
                 slot_size=queries.shape[1],
                 num_pointer_tokens=self._pointers[row // self._ring.objects].shape[1],
             )
-            for row in range(self.rows)
+            for place, row in enumerate(self._rows)
         ]
         return torch.cat(parts)
 

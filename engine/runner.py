@@ -7,7 +7,7 @@ Objects are a batch. Values stay at the memory's width and keys stay turned (`ri
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from medvl_sam2.kernels.memory_attention import memory_self_attention
 from medvl_sam2.model.sam2 import SAM2, Prompts, SliceFeatures
 from medvl_sam2.model.sam2.layers import sine_position
 from medvl_sam2.model.sam2.structures import StepOutput
+
+CACHED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class SharedSlices:
         high_res = (self.high_res[0][part], self.high_res[1][part])
         return SharedSlices(self.tokens[part], self.queries[part], self.pixels[part], high_res)
 
+    def rows(self, part: slice) -> "SharedSlices":
+        """The entries of some rows; one entry serves all."""
+        if len(self.tokens) == 1:
+            return self
+        high_res = (self.high_res[0][part], self.high_res[1][part])
+        return SharedSlices(self.tokens[part], self.queries[part], self.pixels[part], high_res)
+
     @staticmethod
     def join(parts: list["SharedSlices"], objects: int) -> "SharedSlices":
         """One slice per chain as the batch of all chains' objects; a single chain's slice stays a batch of one."""
@@ -64,6 +73,11 @@ class EncodedPrompts(NamedTuple):
     sparse: Tensor
     dense: Tensor
     multimask: bool
+
+    def rows(self, part: slice) -> "EncodedPrompts":
+        """The prompts of some rows."""
+        dense = self.dense if len(self.dense) == 1 else self.dense[part]
+        return EncodedPrompts(self.sparse[part], dense, self.multimask)
 
     def repeat(self, chains: int) -> "EncodedPrompts":
         """The same for several chains."""
@@ -107,6 +121,33 @@ class SliceRunner:
         """
         sparse, dense = self.sam2.sam_prompt_encoder(prompts, objects)
         return EncodedPrompts(sparse, dense, self.sam2.wants_multimask(prompts, multimask))
+
+    def step(
+        self, shared: SharedSlices, memory: OpenMemory, prompts: EncodedPrompts, gate: bool, wants_memory: bool
+    ) -> tuple[StepOutput, Tensor | None]:
+        """Segment one slice per chain and encode its memory, on a CPU a few rows at a time, which its cache then holds.
+
+        Args:
+            shared, memory, prompts, gate: As in `segment`.
+            wants_memory: Whether memory tokens are wanted.
+
+        Returns:
+            The outcome, and tokens as of `remember` or None.
+        """
+        tokens = self.sam2.config.feature_size**2
+        size = max(1, CACHED_TOKENS // tokens) if shared.tokens.device.type == "cpu" else memory.rows
+        outs, memories = [], []
+        for start in range(0, memory.rows, size):
+            part = slice(start, min(memory.rows, start + size))
+            own = shared.rows(part)
+            out = self.segment(own, memory.narrow(part), prompts.rows(part), gate)
+            outs.append(out)
+            if wants_memory:
+                memories.append(self.remember(own, out))
+        if len(outs) > 1:
+            names = [field.name for field in fields(StepOutput) if field.name != "memory"]
+            outs = [StepOutput(**{name: torch.cat([getattr(out, name) for out in outs]) for name in names})]
+        return outs[0], torch.cat(memories) if wants_memory else None
 
     def segment(self, shared: SharedSlices, memory: OpenMemory, prompts: EncodedPrompts, gate: bool) -> StepOutput:
         """Segment one slice per chain.

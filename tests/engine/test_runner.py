@@ -225,6 +225,15 @@ def test_batch_equals_single(runner: SliceRunner) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("mode", ["reference", "independent"])
+def test_rows_in_groups_equal_the_batch(runner: SliceRunner, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, options = make_features(slices=9), {"start": 4, "mode": mode, **OURS}
+    want = propagate(runner, features, {4: points(3)}, **options)
+    monkeypatch.setattr("medvl_sam2.engine.runner.CACHED_TOKENS", 2 * CONFIG.feature_size**2)
+    assert_equal(propagate(runner, features, {4: points(3)}, **options), want, tolerance=1e-4)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("clicked", [8, 2, 5])
 def test_a_correction_renews_what_follows_from_it(sam2: SAM2, runner: SliceRunner, clicked: int) -> None:
     features, clicks = make_features(slices=24), points(2, 12.0)
