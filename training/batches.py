@@ -1,5 +1,6 @@
 """Batches of every training phase, as functions of the step number alone."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,21 @@ CLASSES: tuple[Target, ...] = (
     *(("structure", name, None) for name in STRUCTURES),
     *(("finding", name, None) for name in MASKED),
 )
-# A finding of a few voxels counts for its patch as if it filled this many.
-_FINDING_VOXELS = 8
+# A finding of this many voxels counts as if it filled its eighth of a patch.
+_FINDING_VOXELS = 6
+
+
+@dataclass
+class LanguageBatch:
+    """Text-only turns.
+
+    Attributes:
+        text: Packed turns.
+        classes: (N,) index into `CLASSES` of what each [SEG] token stands for, in reading order.
+    """
+
+    text: TextBatch
+    classes: Tensor
 
 
 @dataclass
@@ -40,7 +54,7 @@ class VisionBatch:
 
     Attributes:
         grid: (B, 1, D, H, W) in 0-1.
-        patches: (B, T, len(CLASSES)) share of each class in each patch.
+        patches: (B, T, 8 * len(CLASSES)) share of each class in each eighth of each patch.
         facts: (B, len(FACTS)) 0 or 1.
         names: Of the scans.
     """
@@ -113,14 +127,16 @@ class Batches:
             drawn.append((self.store[int(self._order[1][place])], rng))
         return drawn
 
-    def language(self, step: int) -> TextBatch:
+    def language(self, step: int) -> LanguageBatch:
         """Text-only turns about scans described in words: what the LLM knows before it sees any image."""
-        turns, contexts = [], []
+        turns, contexts, classes = [], [], []
         for sample, rng in self._samples(step, self.config.language, 0):
+            requests = self._requests(sample.facts, self.config.language, rng)
             turns.append(self._text_turns(sample.facts, self.config.language, rng))
-            turns[-1] += [(r.text, r.answer) for r in self._requests(sample.facts, self.config.language, rng)]
+            turns[-1] += [(request.text, request.answer) for request in requests]
+            classes += [CLASSES.index((kind, name, None)) for r in requests for kind, name, _ in r.targets]
             contexts.append(facts_text(sample.facts, rng))
-        return pack(self.chat, turns, contexts)
+        return LanguageBatch(pack(self.chat, turns, contexts), torch.tensor(classes, dtype=torch.long))
 
     def vision(self, step: int) -> VisionBatch:
         """Grids with the content of every patch."""
@@ -191,18 +207,22 @@ class Batches:
         return make_clip(_scanner(run.hu, rng), masks, prompts, kind, self.processor, self.model)
 
     def _patch_shares(self, sample: Sample) -> Tensor:
-        (d, h, w), (p, q, r) = self.model.volume.size, self.model.volume.patch
-        tokens = self.model.volume.tokens
-        patch = np.arange(tokens).reshape(d // p, h // q, w // r)
-        patch = np.repeat(np.repeat(np.repeat(patch, p, 0), q, 1), r, 2)
+        """(T, 8 * len(CLASSES)): share of each class in each eighth of each patch."""
+        size, patch = self.model.volume.size, self.model.volume.patch
+        eighths = tuple(2 * n // p for n, p in zip(size, patch))
+        block = np.arange(math.prod(eighths)).reshape(eighths)
+        for axis, p in enumerate(patch):
+            block = np.repeat(block, p // 2, axis)
 
         def count(labels: np.ndarray, classes: int) -> np.ndarray:
-            flat = np.bincount((patch * (classes + 1) + labels).ravel(), minlength=tokens * (classes + 1))
-            return flat.reshape(-1, classes + 1)[:, 1:]
+            flat = np.bincount((block * (classes + 1) + labels).ravel(), minlength=math.prod(eighths) * (classes + 1))
+            halves = [n for whole in eighths for n in (whole // 2, 2)]
+            counts = flat.reshape(*halves, classes + 1)[..., 1:].transpose(0, 2, 4, 1, 3, 5, 6)
+            return counts.reshape(self.model.volume.tokens, 8, classes)
 
-        structures = count(sample.grid_structures, len(STRUCTURES)) / (p * q * r)
+        structures = count(sample.grid_structures, len(STRUCTURES)) / (math.prod(patch) / 8)
         findings = np.minimum(count(sample.grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
-        return torch.from_numpy(np.concatenate([structures, findings], 1)).float()
+        return torch.from_numpy(np.concatenate([structures, findings], -1)).float().flatten(1)
 
 
 def _names(drawn: list[tuple[Sample, np.random.Generator]]) -> tuple[str, ...]:

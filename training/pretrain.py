@@ -11,50 +11,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.sam2 import SliceFeatures
-from medvl_sam2.training.batches import CLASSES, Batches, ClassBatch, VisionBatch
+from medvl_sam2.model.seg_bridge import seg_positions
+from medvl_sam2.training import checkpoint
+from medvl_sam2.training.batches import CLASSES, Batches, ClassBatch, LanguageBatch, VisionBatch
 from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.distributed import World
 from medvl_sam2.training.facts import FACTS
 from medvl_sam2.training.loop import Losses, run_phase
-from medvl_sam2.training.packing import TextBatch
+from medvl_sam2.training.phantom import STRUCTURES
 from medvl_sam2.training.segmentation import clip_losses
 
 # Patches are mostly of a few large structures; a logit offset of this much starts every class as rare.
 _RARE_LOGIT = -4.0
 # Weight of the dense term beside the promptable one.
 _DENSE_WEIGHT = 0.5
+# A finding fills few patches of few scans; unweighted, organs are all that the ViT learns.
+_FINDINGS_WEIGHT, _FACTS_WEIGHT = 10.0, 0.2
+_NAMING_WEIGHT = 2.0
 
 
 class _LanguageObjective(nn.Module):
-    """The LLM alone, on text."""
+    """The LLM alone, on text, and what its [SEG] states stand for.
 
-    def __init__(self, language: LanguageModel):
+    A small LLM has no reason of its own to carry the name of the organ to the constant token [SEG], and the masks' loss
+    takes thousands of steps to teach it. So the bridge learns here, on text, to hand over SAM2's class prompts.
+    """
+
+    def __init__(self, model: MedVLSAM2, class_prompts: Tensor):
         super().__init__()
-        self.language = language.causal
+        self.language, self.bridge = model.language.causal, model.seg_bridge
+        self.seg_id, self.convention = model.config.language.seg_token_id, model.config.seg.convention
+        self.register_buffer("class_prompts", class_prompts, persistent=False)
 
-    def forward(self, batch: TextBatch) -> Losses:
+    def forward(self, batch: LanguageBatch) -> Losses:
+        text = batch.text
         hidden = self.language.model(
-            inputs_embeds=self.language.get_input_embeddings()(batch.input_ids),
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
+            inputs_embeds=self.language.get_input_embeddings()(text.input_ids),
+            attention_mask=text.attention_mask,
+            position_ids=text.position_ids,
             use_cache=False,
         ).last_hidden_state
-        scored = batch.labels[:, 1:] != -100
+        scored = text.labels[:, 1:] != -100
         logits = self.language.get_output_embeddings()(hidden[:, :-1][scored]).float()
-        return {"loss": F.cross_entropy(logits, batch.labels[:, 1:][scored])}
+        ce = F.cross_entropy(logits, text.labels[:, 1:][scored])
+        prompts = self.bridge(hidden[seg_positions(text.input_ids, self.seg_id, self.convention)])[:, 0].float()
+        naming = F.mse_loss(prompts, self.class_prompts[batch.classes])
+        return {"loss": ce + _NAMING_WEIGHT * naming, "ce": ce, "naming": naming}
 
 
 def pretrain_language(
     model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path, world: World | None = None
 ) -> None:
-    """Train the whole LLM on text; LoRA stays at zero."""
+    """Train the whole LLM and the [SEG] bridge on text; LoRA stays at zero. SAM2 comes first: it gives the names."""
     causal = model.language.causal
     for name, parameter in causal.named_parameters():
         parameter.requires_grad_(".lora_" not in name)
-    run_phase("language", _LanguageObjective(model.language), batches.language, config, out, world)
+    model.seg_bridge.requires_grad_(True)
+    class_prompts = checkpoint.load(out / "checkpoints" / "sam2.pt")["parameters"]["heads.classes.weight"]
+    run_phase("language", _LanguageObjective(model, class_prompts), batches.language, config, out, world)
     with torch.no_grad():
         model.language.seg_input.copy_(causal.get_input_embeddings().weight[model.language.seg_token_id])
         model.language.seg_output.copy_(causal.get_output_embeddings().weight[model.language.seg_token_id])
@@ -65,7 +81,7 @@ class _VisionHeads(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.patch = nn.Linear(width, len(CLASSES))
+        self.patch = nn.Linear(width, 8 * len(CLASSES))
         self.scan = nn.Linear(2 * width, len(FACTS))
         nn.init.constant_(self.patch.bias, _RARE_LOGIT)
 
@@ -85,9 +101,12 @@ class _VisionObjective(nn.Module):
     def forward(self, batch: VisionBatch) -> Losses:
         patches, scan = self.heads(self.vision(batch.grid.to(self.vision.cls_token.dtype)))
         # Summed over classes: a mean would let the many empty ones drown the few that are there.
-        dense = F.binary_cross_entropy_with_logits(patches.float(), batch.patches, reduction="none").sum(-1).mean()
-        facts = F.binary_cross_entropy_with_logits(scan.float(), batch.facts)
-        return {"loss": dense + 10 * facts, "dense": dense, "facts": facts}
+        dense = F.binary_cross_entropy_with_logits(patches.float(), batch.patches, reduction="none").mean((0, 1))
+        dense = dense.view(8, len(CLASSES)).mean(0)
+        organs, findings = dense[: len(STRUCTURES)].sum(), dense[len(STRUCTURES) :].sum()
+        facts = F.binary_cross_entropy_with_logits(scan.float(), batch.facts, reduction="none").sum(-1).mean()
+        loss = organs + _FINDINGS_WEIGHT * findings + _FACTS_WEIGHT * facts
+        return {"loss": loss, "organs": organs, "findings": findings, "facts": facts}
 
 
 def pretrain_vision(
