@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from medvl_sam2 import __version__, _data, _experiment, _options
+from medvl_sam2 import __version__, _bench, _data, _experiment, _options
 
 # Verb: (help, function that adds its options, function that does the work as "module:name").
 VERBS = {
@@ -37,6 +37,7 @@ VERBS = {
         _experiment.options,
         "medvl_sam2._experiment:experiment",
     ),
+    "bench": ("measure parts of the engine beside their plain forms", _bench.options, "medvl_sam2._bench:bench"),
     "convert": ("make a model directory from public checkpoints", _options.convert, "medvl_sam2._verbs:convert"),
     "info": ("device, kernels and optional packages in use", _options.info, "medvl_sam2._verbs:info"),
 }

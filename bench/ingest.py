@@ -1,0 +1,34 @@
+"""Measures the way from stored voxels to the encoder's grid beside the whole volume cast, windowed and resampled."""
+
+import torch
+from torch import Tensor
+
+from medvl_sam2.bench.kernels import Row
+from medvl_sam2.bench.rows import race
+from medvl_sam2.kernels.volume_ingest import ingest_volume
+
+WINDOW = (-1000.0, 1000.0)
+
+
+def run(
+    *, native: tuple[int, int, int] = (200, 512, 512), grid: tuple[int, int, int] = (32, 256, 256), rounds: int = 5
+) -> list[Row]:
+    """Time both sides on the CPU.
+
+    Args:
+        native: (Z, Y, X) of the scan, int16.
+        grid: (D, H, W) of the encoder.
+        rounds: Times that each side runs.
+
+    Returns:
+        One dict per side, see `medvl_sam2.bench.rows.race`.
+    """
+    scan = torch.randint(-1024, 1500, native, dtype=torch.int16, generator=torch.Generator().manual_seed(0))
+
+    def whole() -> Tensor:
+        low, high = WINDOW
+        unit = (scan.float().clamp(low, high) - low) / (high - low)
+        return torch.nn.functional.interpolate(unit[None, None], size=grid, mode="trilinear")[0, 0]
+
+    work = f"{'x'.join(map(str, native))} int16 to {'x'.join(map(str, grid))}"
+    return race(work, {"whole volume": whole, "ours": lambda: ingest_volume(scan, grid, window=WINDOW)}, rounds=rounds)
