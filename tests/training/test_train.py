@@ -6,6 +6,7 @@ import dataclasses
 import os
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,29 +139,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
 def test_kill_9_at_a_random_step(tmp_path):
     config = _fit_config(steps=40)
     whole = _line(config, tmp_path / "whole")
-    child = os.fork()
-    if not child:
-        stop = int(np.random.default_rng().integers(5, 39))
-
-        def numbers(number: int) -> torch.Tensor:
-            return _numbers(number)
-
-        torch.manual_seed(0)
-        objective = _Fit()
-        steps = iter(range(40))
-        # A hook's result would stand in for the input, so this one returns nothing.
-        objective.register_forward_pre_hook(lambda *_: _kill() if next(steps) == stop else None)
-        run_phase("vision", objective, numbers, config, tmp_path / "killed")
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    stop = int(np.random.default_rng().integers(5, 39))
+    code = (
+        "import importlib.util, pathlib, sys\n"
+        "spec = importlib.util.spec_from_file_location('test_train', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['test_train'] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "module.run_until_killed(pathlib.Path(sys.argv[2]), int(sys.argv[3]))\n"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code, __file__, str(tmp_path / "killed"), str(stop)],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     resumed = _line(config, tmp_path / "killed")
     assert torch.equal(whole[0].weight, resumed[0].weight)
     assert _losses(tmp_path / "whole") == _losses(tmp_path / "killed")
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def run_until_killed(out: Path, stop: int) -> None:
+    """Train, and die at a step without a chance to tidy up."""
+    torch.manual_seed(0)
+    objective = _Fit()
+    steps = iter(range(10**6))
+
+    def kill(*_: object) -> None:
+        if next(steps) == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    objective.register_forward_pre_hook(kill)
+    run_phase("vision", objective, _numbers, _fit_config(steps=40), out)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
