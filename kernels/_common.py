@@ -7,7 +7,7 @@ so that the reference path, ``import medvl_sam2`` and the CPU tests need no Trit
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -164,6 +164,11 @@ def match_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, 
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or not t.is_floating_point() else t.to(dtype) for t in tensors)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Keep autocast out of a block; tensors of the meta device know no autocast."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @contextmanager

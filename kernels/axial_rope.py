@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.kernels._aot import Variant
-from medvl_sam2.kernels._common import HAS_TRITON, check_dtype, check_same_device, check_shape, device_guard, tl, triton
+from medvl_sam2.kernels._common import (
+    HAS_TRITON,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    device_guard,
+    match_autocast,
+    tl,
+    triton,
+)
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
 from medvl_sam2.kernels.linear import linear
@@ -242,9 +251,7 @@ def rope_linear(
     """
     op = "rope_linear"
     cos, sin = rope
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight, bias = match_autocast(x, weight, bias)
     check_shape(op, "x", x, (None, None, None))
     check_dtype(op, "x", x, FLOATS)
     check_shape(op, "weight", weight, (None, x.shape[-1]))

@@ -21,7 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from medvl_sam2.kernels._common import check_dtype, check_same_device, check_shape, device_guard, triton
+from medvl_sam2.kernels._common import (
+    check_dtype,
+    check_same_device,
+    check_shape,
+    device_guard,
+    triton,
+    without_autocast,
+)
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
 from medvl_sam2.kernels.attention import attention
@@ -228,7 +235,7 @@ def absorb_values(projections: Projections) -> tuple[Tensor, Tensor]:
     """
     out_weight = projections.out_weight
     wide = torch.promote_types(out_weight.dtype, torch.float32)
-    with torch.autocast(out_weight.device.type, enabled=False):
+    with without_autocast(out_weight.device.type):
         weight = out_weight.to(wide) @ projections.v_weight.to(wide)
         bias = out_weight.to(wide) @ projections.v_bias.to(wide) + projections.out_bias.to(wide)
     return weight.to(out_weight.dtype), bias.to(out_weight.dtype)

@@ -54,7 +54,7 @@ class StoredVolume:
     owner: str
     name: str
     path: Path
-    created: int
+    created: float
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,7 +97,7 @@ class VolumeStore:
             raise _missing(volume.id) from error
         expires = int(used + self._settings.expire)
         return VolumeInfo(
-            id=volume.id, name=volume.name, bytes=size, created=volume.created, expires=expires, **volume.about
+            id=volume.id, name=volume.name, bytes=size, created=int(volume.created), expires=expires, **volume.about
         )
 
     def of(self, owner: str) -> list[StoredVolume]:
@@ -143,7 +143,7 @@ class VolumeStore:
             with part.open("rb") as stream:
                 path = part.with_name(f"scan{suffix_for(stream.read(_HEAD))}")
             part.rename(path)
-            return StoredVolume(identity, owner, upload.name, path, int(time.time()))
+            return StoredVolume(identity, owner, upload.name, path, time.time())
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno is not None:

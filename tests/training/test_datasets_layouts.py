@@ -164,7 +164,7 @@ def test_ct_rate(tmp_path):
         Text("report", "Findings: The left lung is clear. Impression: Normal, chest."),
         Text("short", "No", "Is there an effusion?"),
         Text("long", "The left lung is clear.", "Describe the lungs."),
-        Text("multiple_choice", "the right lung", "Which lung?", ("the left lung", "the right lung", "both")),
+        Text("multiple_choice", "the right lung", "Which lung is ill?", ("the left lung", "the right lung", "both")),
     ]
 
 
