@@ -22,6 +22,8 @@ class DataConfig:
         features: Keep the frozen image encoder's features for stage 1, whose real scans are then seen unchanged.
         first_seed: Seeds first_seed ... first_seed + phantoms - 1, below the evaluation seeds.
         phantoms: How many.
+        rich: Share of the phantoms drawn with four to six findings: as drawn, most show none or one, and a finding is
+            learnt from the scans that show it.
         runs: Runs of consecutive slices kept per phantom.
         run_length: Slices in a run.
         cache: Folder of rendered phantoms, `<out>/phantoms` when empty; or of prepared scans, `<out>/scans`.
@@ -34,6 +36,7 @@ class DataConfig:
     features: bool = False
     first_seed: int = 0
     phantoms: int = 3000
+    rich: float = 0.0
     runs: int = 3
     run_length: int = 4
     cache: str = ""

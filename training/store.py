@@ -18,7 +18,7 @@ from tqdm import tqdm
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.processing import ScanArray, foreground_box
 from medvl_sam2.training.config import DataConfig
-from medvl_sam2.training.phantom import Phantom, check_training_seed, make_phantom
+from medvl_sam2.training.phantom import FINDINGS, Phantom, check_training_seed, make_phantom
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class PhantomStore:
         count = min(SHARD, len(self) - shard * SHARD)
         records, facts = np.zeros(count, self.record), []
         for row in range(count):
-            phantom = make_phantom(check_training_seed(self.data.first_seed + shard * SHARD + row))
+            phantom = draw_phantom(self.data.first_seed + shard * SHARD + row, self.data.rich)
             facts.append(phantom.facts)
             _render(phantom, records[row], self.model, self.data)
         records.tofile(self._data_path(shard))
@@ -128,6 +128,18 @@ def _record(model: MedVLConfig, data: DataConfig) -> np.dtype:
             ("midline", "f4"),
         ]
     )
+
+
+def draw_phantom(seed: int, rich: float) -> Phantom:
+    """Draw a phantom for training, a share of them rich in findings.
+
+    Raises:
+        ValueError: The seed is kept for evaluation.
+    """
+    rng = np.random.default_rng([check_training_seed(seed), 2])
+    if rng.random() >= rich:
+        return make_phantom(seed)
+    return make_phantom(seed, findings=[str(kind) for kind in rng.permutation(list(FINDINGS))[: rng.integers(4, 7)]])
 
 
 def patient_box(phantom: Phantom, threshold_hu: float) -> tuple[np.ndarray, np.ndarray]:
