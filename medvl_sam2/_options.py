@@ -123,7 +123,7 @@ def train(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="A.B=C", help="override a setting; may be repeated"
     )
     parser.add_argument(
-        "--until", metavar="PHASE", help="last of language, vision, sam2, stage1, stage2, stage3 (default: all)"
+        "--until", metavar="PHASE", help="last of sam2, language, vision, stage1, stage2, stage3 (default: all)"
     )
 
 

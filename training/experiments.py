@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENTS = ("projector", "prompts", "stages")
 PROJECTORS = ("mixer", "grouped_linear", "pooled")
-_PARTS = ("language", "vision", "sam2")
+_PARTS = tuple(phase for phase in train.PHASES if phase not in train.STAGES)
 # Scans of each seed when one ready model is measured on several sets of them.
 _SET = 1000
 

@@ -25,7 +25,7 @@ class PhaseState:
     """
 
     def __init__(self, path: Path, module: nn.Module, phase: PhaseConfig, config: TrainConfig):
-        self.path = path
+        self.path, self.steps = path, phase.steps
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.masters = precision.Masters(parameters, config.precision)
         device = next(module.parameters()).device
@@ -54,10 +54,12 @@ class PhaseState:
         for key, value in self.averages.items():
             value.copy_(like(averages[key], value))
         self.masters.give_values()
-        self._load_optimizer(kept["optimizer"])
-        if kept.get("scaler"):
-            self.scaler.load_state_dict(kept["scaler"])
-        return int(kept["step"])
+        step = int(kept["step"])
+        if step < self.steps:
+            self._load_optimizer(kept["optimizer"])
+            if kept.get("scaler"):
+                self.scaler.load_state_dict(kept["scaler"])
+        return step
 
     def _load_optimizer(self, kept: dict[str, Any]) -> None:
         tuned = [p for group in self.optimizer.param_groups for p in group["params"]]
