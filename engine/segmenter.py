@@ -122,7 +122,7 @@ class Segmenter:
             prompts: Points and boxes by slice, batch 1.
             start: Slice from where the memory runs both ways; None takes the one where the text finds the object best.
             embeddings: (1, E, d) prompt tokens of the text, or None.
-            extent: First and last slice that may hold the object.
+            extent: First and last slice of a 3D box, whose sides are the box among `prompts`; the object lies within.
         """
         given = {index: prompt.with_embeddings(embeddings) for index, prompt in prompts.items()}
         if start is None:
@@ -139,7 +139,16 @@ class Segmenter:
         present = scores[:, 0] > self.config.object_gate
         if extent is not None:
             present[: extent[0]] = present[extent[1] + 1 :] = False
+            (box,) = (prompt.boxes[0] for prompt in prompts.values() if prompt.boxes is not None)
+            logits = logits.masked_fill(self._outside(box, logits.shape[-1]), NO_OBJECT)
         return ObjectSlices(logits[:, 0], scores[:, 0], present, start)
+
+    def _outside(self, box: Tensor, side: int) -> Tensor:
+        """(side, side) mask pixels beyond a box in image pixels, one mask pixel of leeway for the interpolation."""
+        x0, y0, x1, y1 = (box.float() + 0.5) * side / self.sam2.config.image_size
+        at = torch.arange(side, device=box.device) + 0.5
+        columns, rows = ((at < low - 1) | (at > high + 1) for low, high in ((x0, x1), (y0, y1)))
+        return rows[:, None] | columns
 
     def _propagate(
         self, features: SliceFeatures, prompts: dict[int, Prompts], start: int, embeddings: Tensor | None

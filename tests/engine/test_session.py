@@ -137,6 +137,19 @@ def test_box_limits_the_slices(session):
     assert not planes[13:].any()
 
 
+def test_box_limits_the_sides(session):
+    outside = session._engine.segmenter._outside(torch.tensor([15.5, 7.5, 31.5, 63.5]), 16)
+    # Four image pixels to a mask pixel: columns 4 to 7 and rows 2 to 15 lie in the box, one more on each side is left.
+    assert torch.nonzero(~outside.all(0)).flatten().tolist() == list(range(3, 9))
+    assert torch.nonzero(~outside.all(1)).flatten().tolist() == list(range(1, 16))
+    found = session.segment("liver", box=(14, 16, 5, 17, 19, 11))
+    mask = session.volume.to_source(found.mask)
+    inside = np.zeros_like(mask)
+    inside[8:24, 10:26] = True
+    assert mask.any()
+    assert not (mask & ~inside).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
