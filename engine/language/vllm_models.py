@@ -50,22 +50,25 @@ class Taps:
 TAPS = Taps()
 
 
-class SegQwen2ForCausalLM(Qwen2ForCausalLM):
+class _KeepsRows:
+    """Keeps the rows that logits are made of."""
+
+    def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        """See vLLM's model interface."""
+        TAPS.rows = hidden_states
+        return super().compute_logits(hidden_states, *args, **kwargs)
+
+
+class SegQwen2ForCausalLM(_KeepsRows, Qwen2ForCausalLM):
     """Qwen2 that keeps the rows it makes logits of."""
 
-    def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """See vLLM's model interface."""
-        TAPS.rows = hidden_states
-        return super().compute_logits(hidden_states, *args, **kwargs)
 
-
-class SegLlamaForCausalLM(LlamaForCausalLM):
+class SegLlamaForCausalLM(_KeepsRows, LlamaForCausalLM):
     """Llama that keeps the rows it makes logits of."""
 
-    def compute_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """See vLLM's model interface."""
-        TAPS.rows = hidden_states
-        return super().compute_logits(hidden_states, *args, **kwargs)
+    # vLLM would wrap Llama's embeddings for LoRA, which fails where a prompt mixes ids and embeddings: it embeds the
+    # ids alone, but counts adapters over all rows. Our adapters hold linear layers only.
+    embedding_modules: dict[str, str] = {}
 
 
 class SegTap(LogitsProcessor):

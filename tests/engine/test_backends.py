@@ -19,7 +19,7 @@ QUESTIONS = ("Segment the liver.", "Is there a pleural effusion?", "What is the 
 LENGTH = 14
 
 
-def new_model(chat: ChatTokens) -> LanguageModel:
+def new_model(chat: ChatTokens, kind: str) -> LanguageModel:
     """A model with LoRA that matters, which says [SEG] several times among other tokens."""
     torch.manual_seed(11)
     shape = {
@@ -32,7 +32,7 @@ def new_model(chat: ChatTokens) -> LanguageModel:
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
     }
-    config = LanguageConfig("qwen2", shape, seg_token_id=chat.seg_id)
+    config = LanguageConfig(kind, shape, seg_token_id=chat.seg_id)
     model = LanguageModel(config, LoRAConfig(rank=4, alpha=8, dropout=0.0)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -74,9 +74,15 @@ def visual():
     return torch.randn(VISUAL, 64) * 0.5
 
 
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def kind(request):
+    """InternVL2.5's language models: Qwen2, and InternLM2 in Llama's layout."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def oracle(chat, visual):
-    model = new_model(chat)
+def oracle(chat, visual, kind):
+    model = new_model(chat, kind)
     questions = [chat.question(question) for question in QUESTIONS]
     said = greedy(model, chat, visual, questions[0], 4)
     hidden = states(model, chat, visual, [*questions[0], *said[:2]])[-1]
@@ -90,9 +96,9 @@ def oracle(chat, visual):
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
-def backend(request, chat, oracle, tmp_path_factory):
+def backend(request, chat, oracle, kind, tmp_path_factory):
     if request.param == "transformers":
-        model = new_model(chat)
+        model = new_model(chat, kind)
         model.load_state_dict(oracle.state_dict())
         return TransformersBackend(model, chat, "input")
     pytest.importorskip("vllm")
