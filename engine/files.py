@@ -11,14 +11,18 @@ from medvl_sam2.engine.geometry import InputError
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, suffix: str | None = None) -> Iterator[Path]:
     """A temporary name beside `path`, moved there when the block ends well; otherwise the old file stays as it was.
+
+    Args:
+        path: Of the file.
+        suffix: Ending of the temporary name, for writers that go by it; the last one of `path` when None.
 
     Raises:
         InputError: The place cannot be written, or its disk is full.
     """
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{uuid.uuid4().hex[:12]}{target.suffix}")
+    part = target.with_name(f".{uuid.uuid4().hex[:12]}{target.suffix if suffix is None else suffix}")
     try:
         yield part
         os.replace(part, target)

@@ -4,10 +4,8 @@ import colorsys
 import gzip
 import io
 import os
-import uuid
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +14,7 @@ import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1Extension, Nifti1Extensions
 from scipy.ndimage import affine_transform, find_objects
 
+from medvl_sam2.engine.files import check_file, replacing
 from medvl_sam2.engine.formats import LPS_TO_RAS, NIFTI, RawImage, read_raw, suffix_of
 from medvl_sam2.engine.geometry import InputError, Volume, canonical_volume
 
@@ -33,18 +32,7 @@ def check_writable(path: str | os.PathLike) -> None:
     path = Path(path)
     if suffix_of(path) not in WRITABLE:
         raise InputError(f"{path}: cannot write this kind of file; end the name in one of {', '.join(WRITABLE)}")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a file name")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; create it or choose another")
-    try:
-        with _replacing(path) as part:
-            part.touch()
-            raise _Probed
-    except _Probed:
-        pass
-    except OSError as error:
-        raise InputError(f"{path}: not writable ({error.strerror}); choose another place") from error
+    check_file(path)
 
 
 def write_mask(path: str | os.PathLike, mask: np.ndarray, volume: Volume, labels: Mapping[int, str]) -> None:
@@ -70,13 +58,13 @@ def write_mask(path: str | os.PathLike, mask: np.ndarray, volume: Volume, labels
     names = _all_names(mask, labels)
     own = volume.to_source(mask)
     try:
-        with _replacing(path) as part:
+        with replacing(path, suffix_of(path)) as part:
             if suffix_of(path) in NIFTI:
                 _write_nifti(part, own, volume, names, packed=suffix_of(path) == ".nii.gz")
             else:
                 _write_itk(part, own, volume, names)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[-1]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
         raise InputError(f"{path}: could not be written ({reason}); free space or choose another place") from error
 
 
@@ -106,22 +94,6 @@ def read_mask(
     if volume is None or (own.shape == volume.shape and np.allclose(own.affine, volume.affine, atol=1e-3)):
         return own.voxels, names
     return _resample(own, volume), names
-
-
-class _Probed(Exception):
-    """Leaves ``_replacing`` without replacing."""
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside ``path`` and moves it there when the block ends well; else leaves nothing."""
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{uuid.uuid4().hex[:12]}{suffix_of(target)}")
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _as_uint8(mask: np.ndarray) -> np.ndarray:
