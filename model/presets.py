@@ -56,7 +56,7 @@ def _tiny() -> MedVLConfig:
             slice_mean=(0.5, 0.5, 0.5),
             slice_std=(0.25, 0.25, 0.25),
         ),
-        vision=VisionConfig(hidden_size=192, layers=4, heads=6, mlp_size=768),
+        vision=VisionConfig(hidden_size=192, layers=4, heads=3, mlp_size=768),
         projector=ProjectorConfig(tokens=200, depth=2),
         language=LanguageConfig(
             model_type="qwen2",

@@ -29,12 +29,12 @@ class PromptKind:
 
 # Share of each kind of step.
 _KINDS = (
-    (PromptKind(True, 0, memory=False), 0.3),
-    (PromptKind(True, 0), 0.2),
-    (PromptKind(True, 1), 0.13),
-    (PromptKind(True, 2), 0.13),
-    (PromptKind(False, 1), 0.12),
-    (PromptKind(False, 2), 0.12),
+    (PromptKind(True, 0, memory=False), 0.25),
+    (PromptKind(True, 0), 0.15),
+    (PromptKind(True, 1), 0.15),
+    (PromptKind(True, 2), 0.15),
+    (PromptKind(False, 1), 0.15),
+    (PromptKind(False, 2), 0.15),
 )
 
 

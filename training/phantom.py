@@ -326,7 +326,11 @@ def _plan(rng: np.random.Generator, types: list[str]) -> dict:
 
 
 def _field_of_view(rng: np.random.Generator, body: Body, region: str) -> np.ndarray:
-    top = rng.uniform(366, 388) if "thorax" in region else body.dome_right + rng.uniform(8, 28)
+    if "thorax" in region:
+        top = rng.uniform(366, 388)
+    else:
+        # Many an abdominal scan begins below the dome of the liver.
+        top = body.dome_right + (rng.uniform(-45, 5) if rng.random() < 0.3 else rng.uniform(8, 28))
     low = {"thorax": (25, 72), "abdomen": (-95, -55), "thorax and abdomen": (-95, -50)}.get(region, (-262, -222))
     bottom = rng.uniform(*low)
     zoom = rng.uniform(0.86, 0.97) if rng.random() < 0.12 else rng.uniform(1.0, 1.14)

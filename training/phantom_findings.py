@@ -134,7 +134,7 @@ def _in_lobe(lobe: str) -> Shape:
 
 def _nodule(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     lobe = str(rng.choice(["upper lobe", "lower lobe"]))
-    size = rng.uniform(12, 32)
+    size = rng.uniform(14, 34)
     spot = _interior_point(body, rng, f"{side} lung", size / 2 + 4, _in_lobe(lobe), most=40)
     if spot is None:
         return None
@@ -207,7 +207,7 @@ def _renal_cyst(body: Body, rng: np.random.Generator, side: str) -> Finding | No
 
 def _stone(body: Body, rng: np.random.Generator, side: str) -> Finding | None:
     organ = f"{side} kidney"
-    size = rng.uniform(8, 16)
+    size = rng.uniform(10, 20)
     spot, pole = _kidney_spot(body, rng, organ, -0.1)
     blob = _blob(rng, spot, size, body.scale)
     return Finding(

@@ -219,12 +219,12 @@ FINDING_TERMS: dict[str, FindingTerm] = {
         descriptions=("round water-filled sac in the {side} kidney",),
     ),
     "kidney_stone": FindingTerm(
-        "kidney stone", "kidney stones", "abdomen", ("{side} kidney",), True, True, large_mm=12.0,
+        "kidney stone", "kidney stones", "abdomen", ("{side} kidney",), True, True, large_mm=14.0,
         names=("kidney stone", "renal stone", "kidney calculus"),
         descriptions=("bright calcified spot in the {side} kidney",),
     ),
     "ascites": FindingTerm(
-        "ascites", "ascites", "abdomen", ("liver",), False, True, large_ml=1700.0,
+        "ascites", "ascites", "abdomen", ("liver",), False, True,
         names=("ascites", "free abdominal fluid"), descriptions=("fluid around the abdominal organs",), article=False,
     ),
 }  # fmt: skip
