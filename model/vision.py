@@ -24,10 +24,12 @@ class PatchEmbedding(nn.Module):
         self.patch_embeddings = nn.Sequential(nn.Identity(), nn.Linear(patch_size, hidden_size))
         nn.init.trunc_normal_(self.position_embeddings, std=0.02)
 
-    def forward(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) in 0-1 -> (B, T, hidden)."""
-        linear = self.patch_embeddings[1]
-        return patch_embed3d(volume[:, 0], linear.weight, linear.bias, self.position_embeddings[0], patch=self.patch)
+    def forward(self, volume: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(B, 1, D, H, W) in 0-1 -> (B, T, hidden); see `VisionEncoder.forward`."""
+        linear, positions = self.patch_embeddings[1], self.position_embeddings[0]
+        if tokens is None:
+            return patch_embed3d(volume[:, 0], linear.weight, linear.bias, positions, patch=self.patch)
+        return patch_embed3d(volume[:, 0], linear.weight, linear.bias, None, patch=self.patch) + positions[tokens]
 
 
 class SelfAttention(nn.Module):
@@ -91,11 +93,13 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, volume: Tensor) -> Tensor:
+    def forward(self, volume: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Encode volumes.
 
         Args:
             volume: (B, 1, D, H, W), values 0-1.
+            tokens: (B, T) which token of the whole grid each patch is, for volumes that are parts of the grid, as in
+                pre-training on crops; None for whole grids.
 
         Returns:
             (B, T, hidden): the patch tokens of the last layer after the final norm, without the class token, in
@@ -104,12 +108,12 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: The grid is not the one that the model was built for.
         """
-        if volume.ndim != 5 or tuple(volume.shape[1:]) != (1, *self.size):
+        if tokens is None and (volume.ndim != 5 or tuple(volume.shape[1:]) != (1, *self.size)):
             raise ValueError(
                 f"volume: expected shape (B, 1, {', '.join(map(str, self.size))}), got {tuple(volume.shape)}; "
                 "resample with VolumeProcessor"
             )
-        x = self.patch_embedding(volume)
+        x = self.patch_embedding(volume, tokens)
         # The class token has no position, as in MONAI.
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ CLASSES: tuple[Target, ...] = (
 )
 # A finding of this many voxels counts as if it filled its eighth of a patch.
 _FINDING_VOXELS = 6
+# Share of the vision steps on crops, and of the crops that hold a finding where the scan has one.
+_CROP_STEPS, _CROP_FOUND = 0.6, 0.75
 
 
 @dataclass
@@ -50,18 +52,20 @@ class LanguageBatch:
 
 @dataclass
 class VisionBatch:
-    """Encoder grids with what each patch and each scan holds.
+    """Encoder grids, or crops of them, with what each patch and each scan holds.
 
     Attributes:
         grid: (B, 1, D, H, W) in 0-1.
         patches: (B, T, 8 * len(CLASSES)) share of each class in each eighth of each patch.
-        facts: (B, len(FACTS)) 0 or 1.
+        facts: (B, len(FACTS)) 0 or 1; None for crops, which do not show all.
+        tokens: (B, T) place of each patch of a crop in the whole grid; None for whole grids.
         names: Of the scans.
     """
 
     grid: Tensor
     patches: Tensor
-    facts: Tensor
+    facts: Tensor | None
+    tokens: Tensor | None = None
     names: tuple[str, ...] = ()
 
 
@@ -139,11 +143,22 @@ class Batches:
         return LanguageBatch(pack(self.chat, turns, contexts), torch.tensor(classes, dtype=torch.long))
 
     def vision(self, step: int) -> VisionBatch:
-        """Grids with the content of every patch."""
-        drawn = self._samples(step, self.config.vision, 1)
-        patches = torch.stack([self._patch_shares(sample) for sample, _ in drawn])
+        """Grids with the content of every patch; crops of them at first.
+
+        A finding fills a few patches of a whole scan, and attention over the others costs most of a step. Crops around
+        findings show several times as many of them for the same work; whole scans then teach what only they tell.
+        """
+        phase = self.config.vision
+        cropped = bool(phase.crops) and step < _CROP_STEPS * phase.steps
+        drawn = self._samples(step, replace(phase, batch=phase.crops) if cropped else phase, 6 if cropped else 1)
+        names = _names(drawn)
+        if cropped:
+            crops = [self._crop(sample, rng) for sample, rng in drawn]
+            grids, patches, tokens = (torch.stack(parts) for parts in zip(*crops))
+            return VisionBatch(windowed(grids, self.model.volume.window)[:, None], patches, None, tokens, names)
+        patches = torch.stack([self._patch_shares(s.grid_structures, s.grid_findings) for s, _ in drawn])
         facts = torch.stack([torch.from_numpy(fact_vector(sample.facts)) for sample, _ in drawn])
-        return VisionBatch(self._grids(drawn), patches, facts, _names(drawn))
+        return VisionBatch(self._grids(drawn), patches, facts, names=names)
 
     def sam2(self, step: int) -> ClassBatch:
         """Clips with clicks, boxes and class prompts."""
@@ -206,9 +221,26 @@ class Batches:
         prompts = [spatial_prompt(mask[0], kind.points, rng) for mask in masks]
         return make_clip(_scanner(run.hu, rng), masks, prompts, kind, self.processor, self.model)
 
-    def _patch_shares(self, sample: Sample) -> Tensor:
-        """(T, 8 * len(CLASSES)): share of each class in each eighth of each patch."""
-        size, patch = self.model.volume.size, self.model.volume.patch
+    def _crop(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """HU, patch shares and place of half the grid along every axis, around a finding if there is one."""
+        patch = np.array(self.model.volume.patch)
+        counts = np.array(self.model.volume.size) // patch
+        half = counts // 2
+        corner = rng.integers(0, counts - half + 1)
+        found = np.flatnonzero(sample.grid_findings)
+        if len(found) and rng.random() < _CROP_FOUND:
+            kinds = sample.grid_findings.ravel()[found]
+            found = found[kinds == rng.choice(np.unique(kinds))]
+            spot = np.array(np.unravel_index(rng.choice(found), sample.grid_findings.shape))
+            corner = np.clip(spot // patch - rng.integers(0, half), 0, counts - half)
+        part = tuple(slice(low, high) for low, high in zip(corner * patch, (corner + half) * patch))
+        tokens = np.ravel_multi_index(np.indices(half).reshape(3, -1) + corner[:, None], tuple(counts))
+        shares = self._patch_shares(sample.grid_structures[part], sample.grid_findings[part])
+        return _scanner(sample.grid[part], rng), shares, torch.from_numpy(tokens)
+
+    def _patch_shares(self, grid_structures: np.ndarray, grid_findings: np.ndarray) -> Tensor:
+        """(T, 8 * len(CLASSES)): share of each class in each eighth of each patch of a grid or a part of one."""
+        size, patch = grid_structures.shape, self.model.volume.patch
         eighths = tuple(2 * n // p for n, p in zip(size, patch))
         block = np.arange(math.prod(eighths)).reshape(eighths)
         for axis, p in enumerate(patch):
@@ -218,10 +250,10 @@ class Batches:
             flat = np.bincount((block * (classes + 1) + labels).ravel(), minlength=math.prod(eighths) * (classes + 1))
             halves = [n for whole in eighths for n in (whole // 2, 2)]
             counts = flat.reshape(*halves, classes + 1)[..., 1:].transpose(0, 2, 4, 1, 3, 5, 6)
-            return counts.reshape(self.model.volume.tokens, 8, classes)
+            return counts.reshape(-1, 8, classes)
 
-        structures = count(sample.grid_structures, len(STRUCTURES)) / (math.prod(patch) / 8)
-        findings = np.minimum(count(sample.grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
+        structures = count(grid_structures, len(STRUCTURES)) / (math.prod(patch) / 8)
+        findings = np.minimum(count(grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
         return torch.from_numpy(np.concatenate([structures, findings], -1)).float().flatten(1)
 
 

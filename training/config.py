@@ -60,6 +60,8 @@ class PhaseConfig:
         questions: Question turns packed behind one scan.
         requests: Segmentation requests packed behind one scan (stage 3), or objects per clip (sam2).
         report: Chance that a sequence holds the report.
+        crops: Crops of an eighth of the grid per batch in the first part of the steps (vision); 0 takes whole volumes
+            throughout.
     """
 
     steps: int = 1000
@@ -74,6 +76,7 @@ class PhaseConfig:
     questions: int = 6
     requests: int = 6
     report: float = 1.0
+    crops: int = 0
 
 
 @dataclass

@@ -99,14 +99,18 @@ class _VisionObjective(nn.Module):
         self.heads = _VisionHeads(width)
 
     def forward(self, batch: VisionBatch) -> Losses:
-        patches, scan = self.heads(self.vision(batch.grid.to(self.vision.cls_token.dtype)))
+        patches, scan = self.heads(self.vision(batch.grid.to(self.vision.cls_token.dtype), batch.tokens))
         # Summed over classes: a mean would let the many empty ones drown the few that are there.
         dense = F.binary_cross_entropy_with_logits(patches.float(), batch.patches, reduction="none").mean((0, 1))
         dense = dense.view(8, len(CLASSES)).mean(0)
         organs, findings = dense[: len(STRUCTURES)].sum(), dense[len(STRUCTURES) :].sum()
+        terms = {"organs": organs, "findings": findings}
+        loss = organs + _FINDINGS_WEIGHT * findings
+        if batch.facts is None:
+            # Every parameter takes part in every step, as distributed training needs.
+            return {"loss": loss + 0.0 * scan.sum(), **terms}
         facts = F.binary_cross_entropy_with_logits(scan.float(), batch.facts, reduction="none").sum(-1).mean()
-        loss = organs + _FINDINGS_WEIGHT * findings + _FACTS_WEIGHT * facts
-        return {"loss": loss, "organs": organs, "findings": findings, "facts": facts}
+        return {"loss": loss + _FACTS_WEIGHT * facts, **terms, "facts": facts}
 
 
 def pretrain_vision(

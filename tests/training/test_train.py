@@ -24,7 +24,8 @@ from medvl_sam2.training.stages import TRAINABLE
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    config = load_config("tiny", ["data.phantoms=4", "data.workers=1", "data.runs=1", "precision=fp32", "log_every=1"])
+    small = ["data.phantoms=4", "data.workers=1", "data.runs=1", "vision.crops=3", "precision=fp32", "log_every=1"]
+    config = load_config("tiny", small)
     for phase in train.PHASES:
         setattr(config, phase, dataclasses.replace(getattr(config, phase), steps=2, batch=2, questions=2, requests=2))
     return config

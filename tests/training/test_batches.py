@@ -1,0 +1,80 @@
+"""Batches of the phases, against the stored phantoms that they come from."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from medvl_sam2.model.presets import preset
+from medvl_sam2.model.vision import VisionEncoder
+from medvl_sam2.training.batches import CLASSES, Batches
+from medvl_sam2.training.config import TrainConfig, load_config
+from medvl_sam2.training.phantom import FINDINGS, STRUCTURES
+from medvl_sam2.training.store import PhantomStore
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    config = load_config("tiny", ["data.phantoms=3", "data.rich=1.0", "data.workers=1", "data.runs=1"])
+    return replace(config, vision=replace(config.vision, steps=10, batch=2, crops=8))
+
+
+@pytest.fixture(scope="module")
+def batches(config, tmp_path_factory) -> Batches:
+    settings = preset("tiny")
+    store = PhantomStore(tmp_path_factory.mktemp("phantoms"), settings, config.data)
+    store.prepare()
+    return Batches(store, settings, None, config)
+
+
+def test_a_crop_tells_what_its_place_in_the_grid_holds(batches):
+    batch = batches.vision(0)
+    volume = batches.model.volume
+    (p, q, r), counts = volume.patch, np.array(volume.size) // np.array(volume.patch)
+    rows = np.random.default_rng(0).choice(batch.tokens.shape[1], 20, replace=False)
+    for name, tokens, patches in zip(batch.names, batch.tokens, batch.patches):
+        sample = batches.store[int(name.split()[-1])]
+        for row in rows:
+            z, y, x = np.unravel_index(int(tokens[row]), counts) * np.array(volume.patch)
+            # The last eighth of a patch is its far corner.
+            part = np.s_[z + p // 2 : z + p, y + q // 2 : y + q, x + r // 2 : x + r]
+            far = patches[row].view(8, len(CLASSES))[7]
+            for i, (kind, what, _) in enumerate(CLASSES):
+                if kind == "structure":
+                    share = np.mean(sample.grid_structures[part] == STRUCTURES[what])
+                else:
+                    share = min(np.sum(sample.grid_findings[part] == FINDINGS[what]) / 6, 1)
+                assert float(far[i]) == pytest.approx(share, abs=1e-6)
+
+
+def test_most_crops_hold_a_finding(batches):
+    held = [
+        batches.vision(step).patches.view(8, -1, 8, len(CLASSES))[..., len(STRUCTURES) :].amax((1, 2, 3)) > 0
+        for step in range(4)
+    ]
+    assert torch.stack(held).float().mean() > 0.6
+
+
+def test_crops_come_first_and_whole_grids_after(batches):
+    assert batches.vision(5).tokens is not None
+    whole = batches.vision(6)
+    assert whole.tokens is None
+    assert whole.facts is not None
+    assert whole.grid.shape == (2, 1, *batches.model.volume.size)
+
+
+def test_the_encoder_places_the_patches_of_a_part_where_they_are_told_to_be():
+    settings = preset("tiny")
+    encoder = VisionEncoder(settings.volume, settings.vision).eval()
+    counts = np.array(settings.volume.size) // np.array(settings.volume.patch)
+    grid = torch.rand(1, 1, *settings.volume.size)
+    every = torch.arange(settings.volume.tokens)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(grid, every), encoder(grid))
+        # One block of patches, embedded with the positions that it has in the whole.
+        half = counts // 2
+        tokens = np.ravel_multi_index(np.indices(half).reshape(3, -1) + half[:, None], tuple(counts))
+        part = grid[(..., *(slice(-s // 2, None) for s in settings.volume.size))]
+        embedded = encoder.patch_embedding(part, torch.from_numpy(tokens)[None])
+        torch.testing.assert_close(embedded, encoder.patch_embedding(grid)[:, tokens])
