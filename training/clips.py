@@ -104,6 +104,9 @@ def spatial_prompt(mask: np.ndarray, points: int, rng: np.random.Generator) -> t
     low = np.array([columns.min(), rows.min()], float)
     high = np.array([columns.max(), rows.max()], float) + 1
     noise = rng.normal(0, 0.04, (2, 2)) * (high - low) + rng.normal(0, 0.7, (2, 2))
+    if rng.random() < 0.5:
+        # A 3D box is as wide as the object anywhere, so loose on most of its slices.
+        noise += rng.uniform(0, 0.4, (2, 2)) * (high - low) * np.array([[-1.0], [1.0]])
     return np.stack([low + noise[0], high + noise[1]]), np.array([2, 3])
 
 
