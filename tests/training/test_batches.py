@@ -57,8 +57,8 @@ def test_most_crops_hold_a_finding(batches):
 
 
 def test_crops_come_first_and_whole_grids_after(batches):
-    assert batches.vision(5).tokens is not None
-    whole = batches.vision(6)
+    assert batches.vision(7).tokens is not None
+    whole = batches.vision(8)
     assert whole.tokens is None
     assert whole.facts is not None
     assert whole.grid.shape == (2, 1, *batches.model.volume.size)
