@@ -6,33 +6,29 @@ masks are compared before any ratio is given. The floor is the work that the run
 fastest large matrix product in the same run.
 """
 
-import logging
 import math
 import multiprocessing
-import statistics
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from medvl_sam2.bench.counting import count_flops
 from medvl_sam2.bench.kernels import Row, environment
+from medvl_sam2.bench.rows import MOST_ERROR, Check, judged
+from medvl_sam2.bench.timing import gemm_rate, in_turns
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder
 from medvl_sam2.engine.volume_track import VolumeTrack
-from medvl_sam2.kernels._common import disable
-from medvl_sam2.kernels.linear import product
 from medvl_sam2.kernels.mask_epilogue import mask_epilogue
 from medvl_sam2.model.sam2 import SAM2, Prompts, SAM2Config
 
-logger = logging.getLogger(__name__)
-
 VARIANTS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
-LEAST_DICE, MOST_ERROR = 0.999, 1e-3
+LEAST_DICE = 0.999
 PACKAGE, OURS = "sam2 package", "ours"
 
 
@@ -60,43 +56,22 @@ def run(
         ValueError: An unknown variant, or the sam2 package is not installed.
     """
     package, sam2 = models(variant, image_size)
-    images, rate, about = _images(slices, image_size), gemm_rate(), environment("cpu")
-    rows = []
+    images, rate, rows = _images(slices, image_size), gemm_rate(), []
     for count in objects:
-        asked = _clicks(count, image_size)
-        sides = {
-            PACKAGE: lambda asked=asked: run_package(package, images, asked),
-            OURS: lambda asked=asked: run_ours(sam2, images, asked),
-        }
+        sides = both(package, sam2, images, count)
         error, dice = compare(sides[OURS](), sides[PACKAGE]())
-        correct = dice >= LEAST_DICE and error <= MOST_ERROR
-        if not correct:
-            logger.warning("segmenter, %d objects: wrong, relative error %.1e, Dice %.5f", count, error, dice)
-        spent = in_turns(list(sides.values()), rounds)
-        floor = flops(sam2, images, asked) / rate
-        for side, seconds in zip(sides, spent):
-            median = statistics.median(seconds)
-            rows.append(
-                {
-                    "work": f"{slices} slices, SAM2.1 {variant} @{image_size}",
-                    "objects": count,
-                    "provider": side,
-                    "dtype": "float32",
-                    "seconds": median,
-                    "fastest": min(seconds),
-                    "slowest": max(seconds),
-                    "rounds": rounds,
-                    "ratio": statistics.median(spent[0]) / median if correct else None,
-                    "floor_seconds": floor,
-                    "over_floor": median / floor,
-                    "gemm_gflops": rate / 1e9,
-                    "correct": correct,
-                    "error": error,
-                    "dice": dice,
-                    **about,
-                }
-            )
+        checks = {OURS: Check(dice >= LEAST_DICE and error <= MOST_ERROR, error, dice)}
+        spent = dict(zip(sides, in_turns(list(sides.values()), rounds)))
+        work = f"{slices} slices, SAM2.1 {variant} @{image_size}"
+        floor = count_flops(sides[OURS]) / rate
+        rows += judged(work, spent, checks, floor=floor, rate=f"{rate / 1e9:.0f} GFLOP/s", objects=count)
     return rows
+
+
+def both(package: nn.Module, sam2: SAM2, images: Tensor, objects: int) -> dict[str, Callable[[], Tensor]]:
+    """The two sides, from images to the masks' logits."""
+    asked = _clicks(objects, images.shape[-1])
+    return {PACKAGE: lambda: run_package(package, images, asked), OURS: lambda: run_ours(sam2, images, asked)}
 
 
 def peak_memory(
@@ -118,8 +93,9 @@ def peak_memory(
         for side in (PACKAGE, OURS):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 found[side] = pool.apply(_rise, (side, variant, image_size, count, objects))
-            rows.append({"slices": count, "objects": objects, "provider": side, "peak_mb": found[side] / 1e6})
-            rows[-1]["share"] = found[side] / found[PACKAGE]
+            row = {"work": f"SAM2.1 {variant} @{image_size}", "slices": count, "objects": objects, "provider": side}
+            row |= {"peak_mb": found[side] / 1e6, "share": found[side] / found[PACKAGE], "correct": True}
+            rows.append({**row, **environment("cpu")})
     return rows
 
 
@@ -182,26 +158,39 @@ def _clicks(objects: int, size: int) -> Prompts:
     return Prompts(torch.stack((places, size - places), -1)[:, None], torch.ones(objects, 1, dtype=torch.int32))
 
 
+def quiet() -> Any:
+    """Within it the package shows no progress bars."""
+    return patch("sam2.sam2_video_predictor.tqdm", lambda steps, **_: steps)
+
+
 @torch.inference_mode()
 def run_package(package: nn.Module, images: Tensor, asked: Prompts) -> Tensor:
     """Click every object on the first slice and go through; returns the masks' logits (S, B, m, m)."""
+    state = state_of(images)
+    for item in range(len(asked.points)):
+        package.add_new_points_or_box(state, 0, item, points=asked.points[item], labels=asked.labels[item])
+    with quiet():
+        for _ in package.propagate_in_video(state, start_frame_idx=0):
+            pass
+    return torch.stack([masks_of(outputs) for outputs in state["output_dict_per_obj"].values()], dim=1)
+
+
+def state_of(images: Tensor) -> dict[str, Any]:
+    """What the package's init_state makes of a folder of pictures."""
     size, device = images.shape[-1], images.device
-    # What the package's init_state makes of a folder of pictures.
     state: dict[str, Any] = {"images": images, "num_frames": len(images), "video_height": size, "video_width": size}
     state |= {"offload_video_to_cpu": False, "offload_state_to_cpu": False, "device": device, "storage_device": device}
     state |= {"obj_id_to_idx": OrderedDict(), "obj_idx_to_id": OrderedDict(), "obj_ids": []}
     for name in ("cached_features", "constants", "point_inputs_per_obj", "mask_inputs_per_obj"):
         state[name] = {}
     state |= {"output_dict_per_obj": {}, "temp_output_dict_per_obj": {}, "frames_tracked_per_obj": {}}
-    for item in range(len(asked.points)):
-        package.add_new_points_or_box(state, 0, item, points=asked.points[item], labels=asked.labels[item])
-    for _ in package.propagate_in_video(state, start_frame_idx=0):
-        pass
-    found = []
-    for outputs in state["output_dict_per_obj"].values():
-        outputs = {**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}
-        found.append(torch.cat([outputs[t]["pred_masks"][0] for t in range(len(images))]))
-    return torch.stack(found, dim=1)
+    return state
+
+
+def masks_of(outputs: dict[str, dict[int, dict[str, Tensor]]]) -> Tensor:
+    """Logits (S, m, m) of an object from the package's outputs, in the slices' order."""
+    found = {**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}
+    return torch.cat([found[t]["pred_masks"][0] for t in sorted(found)])
 
 
 @torch.inference_mode()
@@ -226,42 +215,6 @@ def compare(got: Tensor, want: Tensor) -> tuple[float, float]:
     return float(error), float(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()).clamp(min=1))
 
 
-def in_turns(sides: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each side, one round after the other."""
-    spent: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for side, seconds in zip(sides, spent):
-            start = time.perf_counter()
-            side()
-            seconds.append(time.perf_counter() - start)
-    return spent
-
-
-def gemm_rate(side: int = 2048, rounds: int = 10) -> float:
-    """FLOP/s of the fastest square product, by torch's BLAS and by oneDNN."""
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    with torch.inference_mode():
-        spent = in_turns([lambda: a @ b, lambda: product(a, b)], rounds)
-    return 2 * side**3 / min(min(seconds) for seconds in spent)
-
-
-@torch.inference_mode()
-def flops(sam2: SAM2, images: Tensor, asked: Prompts) -> float:
-    """Floating-point operations of the matrix products and convolutions of the runner."""
-
-    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(k) * q[1] + 2 * math.prod(v) * q[1]
-
-    def projection(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(x) * weight[0]
-
-    formulas = {torch.ops.medvl_sam2.memory_attention: attention, torch.ops.medvl_sam2.rope_linear: projection}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with disable("linear"), counter:
-        run_ours(sam2, images, asked)
-    return float(counter.get_total_flops())
-
-
 def _rise(side: str, variant: str, image_size: int, slices: int, objects: int) -> int:
     package, sam2 = models(variant, image_size)
     asked = _clicks(objects, image_size)
@@ -273,18 +226,24 @@ def _rise(side: str, variant: str, image_size: int, slices: int, objects: int) -
             lambda start, stop: (voxels[start:stop, None].float() / 1000).expand(-1, 3, -1, -1),
             slices,
         )
-    before = _reset_peak()
+    before = reset_peak()
     if side == OURS:
         with torch.inference_mode():
             _followed(sam2, scaled, asked, image_size)
     else:
         run_package(package, _images(slices, image_size), asked)
-    return _status("VmHWM") - before
+    return peak() - before
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
+    """Start a new peak of the resident memory, and give what is resident now, in bytes; Linux only."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def peak() -> int:
+    """Most bytes that were resident since `reset_peak`."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:
@@ -293,11 +252,9 @@ def _status(field: str) -> int:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Lay rows out for reading."""
-    lines = [f"{'work':36} {'objects':>7} {'provider':13} {'s':>8} {'ratio':>6} {'x floor':>8}  error, Dice"]
+    """Lay rows of `peak_memory` out for reading."""
+    lines = [f"{'slices':>6} {'objects':>7} {'provider':13} {'peak MB':>8} {'share':>6}"]
     for row in rows:
-        ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
-        verdict = f"{row['error']:.1e}, {row['dice']:.5f}" + ("" if row["correct"] else " WRONG")
-        named = f"{row['work']:36} {row['objects']:7} {row['provider']:13}"
-        lines.append(f"{named} {row['seconds']:8.3f} {ratio:>6} {row['over_floor']:8.2f}  {verdict}")
+        place = f"{row['slices']:6} {row['objects']:7}"
+        lines.append(f"{place} {row['provider']:13} {row['peak_mb']:8.0f} {row['share']:6.3f}")
     return "\n".join(lines)
