@@ -1,11 +1,12 @@
 """Measures the 3D vision transformer beside the same weights with naive attention, as MONAI's ViT computes it."""
 
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from medvl_sam2.bench.counting import count_flops
 from medvl_sam2.bench.kernels import Row
 from medvl_sam2.bench.rows import race
 from medvl_sam2.model.config import VisionConfig, VolumeConfig
@@ -30,6 +31,13 @@ def run(*, volume: VolumeConfig = M3D_CLIP[0], config: VisionConfig = M3D_CLIP[1
     Returns:
         One dict per side, see `medvl_sam2.bench.rows.race`.
     """
+    raced, flops = sides(volume, config)
+    work = f"ViT {config.layers}x{config.hidden_size}, {volume.tokens + 1} tokens"
+    return race(work, raced, flops=flops, rounds=rounds)
+
+
+def sides(volume: VolumeConfig, config: VisionConfig) -> tuple[dict[str, Callable[[], Tensor]], float]:
+    """What is raced, and its floating-point operations; arguments as in `run`."""
     torch.manual_seed(0)
     encoder = VisionEncoder(volume, config).eval().requires_grad_(False)
     scan = torch.rand(1, 1, *volume.size)
@@ -38,9 +46,4 @@ def run(*, volume: VolumeConfig = M3D_CLIP[0], config: VisionConfig = M3D_CLIP[1
         with patch("medvl_sam2.model.vision.attention", naive_attention):
             return encoder(scan)
 
-    # Plain products are counted whole, while a fused attention may hide from the counter.
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        naive()
-    work = f"ViT {config.layers}x{config.hidden_size}, {volume.tokens + 1} tokens"
-    sides = {"naive attention": naive, "ours": lambda: encoder(scan)}
-    return race(work, sides, flops=float(counter.get_total_flops()), rounds=rounds)
+    return {"naive attention": naive, "ours": lambda: encoder(scan)}, count_flops(naive)

@@ -1,5 +1,7 @@
 """Measures the way from stored voxels to the encoder's grid beside the whole volume cast, windowed and resampled."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,12 @@ def run(
     Returns:
         One dict per side, see `medvl_sam2.bench.rows.race`.
     """
+    work = f"{'x'.join(map(str, native))} int16 to {'x'.join(map(str, grid))}"
+    return race(work, sides(native, grid), rounds=rounds)
+
+
+def sides(native: tuple[int, int, int], grid: tuple[int, int, int]) -> dict[str, Callable[[], Tensor]]:
+    """What is raced: sizes as in `run`."""
     scan = torch.randint(-1024, 1500, native, dtype=torch.int16, generator=torch.Generator().manual_seed(0))
 
     def whole() -> Tensor:
@@ -30,5 +38,4 @@ def run(
         unit = (scan.float().clamp(low, high) - low) / (high - low)
         return torch.nn.functional.interpolate(unit[None, None], size=grid, mode="trilinear")[0, 0]
 
-    work = f"{'x'.join(map(str, native))} int16 to {'x'.join(map(str, grid))}"
-    return race(work, {"whole volume": whole, "ours": lambda: ingest_volume(scan, grid, window=WINDOW)}, rounds=rounds)
+    return {"whole volume": whole, "ours": lambda: ingest_volume(scan, grid, window=WINDOW)}

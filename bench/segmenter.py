@@ -6,6 +6,7 @@ masks are compared before any ratio is given. The floor is the work that the run
 fastest large matrix product in the same run.
 """
 
+import ctypes
 import math
 import multiprocessing
 from collections import OrderedDict
@@ -56,19 +57,19 @@ def run(
         ValueError: An unknown variant, or the sam2 package is not installed.
     """
     package, sam2 = models(variant, image_size)
-    images, rate, rows = _images(slices, image_size), gemm_rate(), []
+    images, rate, rows = made_up_images(slices, image_size), gemm_rate(), []
     for count in objects:
-        sides = both(package, sam2, images, count)
-        error, dice = compare(sides[OURS](), sides[PACKAGE]())
+        raced = sides(package, sam2, images, count)
+        error, dice = compare(raced[OURS](), raced[PACKAGE]())
         checks = {OURS: Check(dice >= LEAST_DICE and error <= MOST_ERROR, error, dice)}
-        spent = dict(zip(sides, in_turns(list(sides.values()), rounds)))
+        spent = dict(zip(raced, in_turns(list(raced.values()), rounds)))
         work = f"{slices} slices, SAM2.1 {variant} @{image_size}"
-        floor = count_flops(sides[OURS]) / rate
+        floor = count_flops(raced[OURS]) / rate
         rows += judged(work, spent, checks, floor=floor, rate=f"{rate / 1e9:.0f} GFLOP/s", objects=count)
     return rows
 
 
-def both(package: nn.Module, sam2: SAM2, images: Tensor, objects: int) -> dict[str, Callable[[], Tensor]]:
+def sides(package: nn.Module, sam2: SAM2, images: Tensor, objects: int) -> dict[str, Callable[[], Tensor]]:
     """The two sides, from images to the masks' logits."""
     asked = _clicks(objects, images.shape[-1])
     return {PACKAGE: lambda: run_package(package, images, asked), OURS: lambda: run_ours(sam2, images, asked)}
@@ -99,6 +100,12 @@ def peak_memory(
     return rows
 
 
+def variant_of(config: SAM2Config) -> str | None:
+    """The package's name for a configuration; None when it has no such model."""
+    sizes = (name for name in VARIANTS if SAM2Config.preset(name, image_size=config.image_size) == config)
+    return next(sizes, None)
+
+
 def models(variant: str, image_size: int) -> tuple[nn.Module, SAM2]:
     """The package's video predictor and our model, with the same random weights that keep every part busy."""
     if variant not in VARIANTS:
@@ -119,13 +126,13 @@ def models(variant: str, image_size: int) -> tuple[nn.Module, SAM2]:
     ]
     config = hydra.compose(config_name=f"configs/sam2.1/sam2.1_hiera_{VARIANTS[variant]}", overrides=overrides)
     package = hydra.utils.instantiate(config.model, _recursive_=True).eval().requires_grad_(False)
-    _randomise(package)
+    randomise(package)
     ours = SAM2(SAM2Config.preset(variant, image_size=image_size)).eval().requires_grad_(False)
     ours.load_official_state_dict(package.state_dict())
     return package, ours
 
 
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """Weights under which masks are neither empty nor full and rounding is not blown up from slice to slice."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
@@ -147,7 +154,8 @@ def _randomise(model: nn.Module) -> None:
     model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.data.fill_(2.6)
 
 
-def _images(slices: int, size: int) -> Tensor:
+def made_up_images(slices: int, size: int) -> Tensor:
+    """Smooth random pictures (S, 3, size, size)."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.randn(slices, 3, 16, 16, generator=generator)
     return nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
@@ -187,10 +195,10 @@ def state_of(images: Tensor) -> dict[str, Any]:
     return state
 
 
-def masks_of(outputs: dict[str, dict[int, dict[str, Tensor]]]) -> Tensor:
-    """Logits (S, m, m) of an object from the package's outputs, in the slices' order."""
+def masks_of(outputs: dict[str, dict[int, dict[str, Tensor]]], name: str = "pred_masks") -> Tensor:
+    """Logits (S, m, m) of an object from the package's outputs, or another of its entries, in the slices' order."""
     found = {**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}
-    return torch.cat([found[t]["pred_masks"][0] for t in sorted(found)])
+    return torch.cat([found[t][name][0] for t in sorted(found)])
 
 
 @torch.inference_mode()
@@ -220,7 +228,7 @@ def _rise(side: str, variant: str, image_size: int, slices: int, objects: int) -
     asked = _clicks(objects, image_size)
     if side == OURS:
         del package
-        voxels = (_images(slices, image_size)[:, 0] * 1000).to(torch.int16)
+        voxels = (made_up_images(slices, image_size)[:, 0] * 1000).to(torch.int16)
         scaled = LazyFeatures(
             SliceEncoder(sam2),
             lambda start, stop: (voxels[start:stop, None].float() / 1000).expand(-1, 3, -1, -1),
@@ -231,12 +239,15 @@ def _rise(side: str, variant: str, image_size: int, slices: int, objects: int) -
         with torch.inference_mode():
             _followed(sam2, scaled, asked, image_size)
     else:
-        run_package(package, _images(slices, image_size), asked)
+        run_package(package, made_up_images(slices, image_size), asked)
     return peak() - before
 
 
 def reset_peak() -> int:
     """Start a new peak of the resident memory, and give what is resident now, in bytes; Linux only."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        # What earlier work freed but the allocator kept would hide as much of the next peak.
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

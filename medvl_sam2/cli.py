@@ -37,7 +37,12 @@ VERBS = {
         _experiment.options,
         "medvl_sam2._experiment:experiment",
     ),
-    "bench": ("measure parts of the engine beside their plain forms", _bench.options, "medvl_sam2._bench:bench"),
+    "bench": ("measure the engine beside what one would run otherwise", _bench.options, "medvl_sam2._bench:bench"),
+    "profile": (
+        "trace requests: timeline, operations, memory",
+        _bench.profile_options,
+        "medvl_sam2._bench:profile",
+    ),
     "convert": ("make a model directory from public checkpoints", _options.convert, "medvl_sam2._verbs:convert"),
     "info": ("device, kernels and optional packages in use", _options.info, "medvl_sam2._verbs:info"),
 }

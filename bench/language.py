@@ -1,0 +1,243 @@
+"""Measures text generation beside what one would run otherwise: transformers' `generate` with unmerged PEFT LoRA.
+
+All sides have the same random weights and answer the same request about the same made-up scan, greedily. Nothing is
+timed before they agree on every token. The floor of a token is the time to read all weights that it needs, at the rate
+of a large copy in the same run.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from medvl_sam2.bench.kernels import Row
+from medvl_sam2.bench.rows import Check, judged
+from medvl_sam2.bench.timing import copy_rate
+from medvl_sam2.engine.language.transformers import TransformersBackend
+from medvl_sam2.model.config import LanguageConfig, LoRAConfig, ProjectorConfig
+from medvl_sam2.model.language import LanguageModel
+from medvl_sam2.model.modeling import WEIGHTS
+from medvl_sam2.model.presets import preset
+from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens
+
+logger = logging.getLogger(__name__)
+
+UNMERGED, MERGED, COMPILED, OURS = "transformers, LoRA", "transformers, merged", "transformers, compiled", "ours"
+
+
+@dataclass
+class Decoded:
+    """An answer and when its tokens came, in seconds from the start."""
+
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def per_token(self) -> float:
+        """Seconds per token after the first one."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+
+class Clock:
+    """Takes `generate`'s tokens as they come, as transformers' streamers do."""
+
+    def __init__(self) -> None:
+        self.answer, self._start = Decoded(), time.perf_counter()
+        self._has_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then one token at a time."""
+        if self._has_prompt:
+            self.answer.tokens += value.flatten().tolist()
+            self.answer.times.append(time.perf_counter() - self._start)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def run(
+    *,
+    name: str = "1b-fast",
+    config: LanguageConfig | None = None,
+    lora: LoRAConfig | None = None,
+    visual_tokens: int = ProjectorConfig().tokens,
+    tokens: int = 32,
+    rounds: int = 5,
+    compile: bool = False,
+) -> list[Row]:
+    """Time the sides on the CPU.
+
+    Args:
+        name: Preset whose LLM and LoRA are taken.
+        config: An LLM instead of the preset's.
+        lora: A LoRA instead of the preset's.
+        visual_tokens: Rows of the scan ahead of the request.
+        tokens: Length of the answer, 2 or more.
+        rounds: Times that each side runs; the median counts.
+        compile: Measure `generate` on a static cache under torch.compile too, where that works here.
+
+    Returns:
+        One dict per side for a decoded token, and one for the time to the first token of a scan that was asked about
+        before; see `medvl_sam2.bench.rows.judged`.
+
+    Raises:
+        ValueError: Fewer than two tokens.
+    """
+    if tokens < 2:
+        raise ValueError(f"tokens: expected 2 or more, got {tokens}")
+    shape, adapter = config or preset(name).language, lora or preset(name).lora
+    tokenizer = shipped_tokenizer()
+    chat = ChatTokens(tokenizer, shape.system, visual_tokens)
+    plain = random_language(shape, adapter, chat)
+    scan = torch.randn(visual_tokens, shape.hidden_size, generator=torch.Generator().manual_seed(2))
+    sides = make_sides(plain, chat, scan, tokens)
+    if compile:
+        with_compiled(sides, plain, chat, scan, tokens)
+    answers = {side: answer() for side, answer in sides.items()}
+    checks = {side: _compared(answer.tokens, answers[UNMERGED].tokens, tokens) for side, answer in answers.items()}
+    rate = copy_rate()
+    decode: dict[str, list[float]] = {side: [] for side in sides}
+    first: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, answer in sides.items():
+            found = answer()
+            decode[side].append(found.per_token)
+            first[side].append(found.times[0])
+    layers, width = shape.config["num_hidden_layers"], shape.hidden_size
+    work = f"decode a token, {layers}x{width}, LoRA r={adapter.rank}"
+    shown = f"{rate / 1e9:.1f} GB/s"
+    rows = judged(work, decode, checks, floor=weight_bytes(plain.causal) / rate, rate=shown)
+    for row in rows:
+        row["per_second"] = 1 / row["seconds"]
+    return rows + judged(f"first token after {visual_tokens} visual tokens", first, checks)
+
+
+def make_sides(plain: LanguageModel, chat: ChatTokens, scan: Tensor, tokens: int) -> dict[str, Callable[[], Decoded]]:
+    """`generate` with the LoRA beside the weights, `generate` with it merged, and our backend.
+
+    Args:
+        plain: Stays as it is.
+        chat: Token ids.
+        scan: (tokens, H) rows of the projector.
+        tokens: Length of the answers.
+    """
+    merged = twin(plain)
+    backend = TransformersBackend(merged, chat, "input")
+    asked = chat.question(REPORT_REQUEST)
+    # A session keeps it from the first question on.
+    prefix = backend.prefix(scan)
+
+    def ours() -> Decoded:
+        answer, start = Decoded(), time.perf_counter()
+        for step in backend.generate(prefix, asked, max_tokens=tokens):
+            answer.tokens.append(step.token)
+            answer.times.append(time.perf_counter() - start)
+        return answer
+
+    return {
+        UNMERGED: lambda: generated(plain.peft, prompt_rows(plain, chat, scan, asked), tokens),
+        MERGED: lambda: generated(merged.causal, prompt_rows(merged, chat, scan, asked), tokens),
+        OURS: ours,
+    }
+
+
+def with_compiled(
+    sides: dict[str, Callable[[], Decoded]], plain: LanguageModel, chat: ChatTokens, scan: Tensor, tokens: int
+) -> None:
+    """Add `generate` under torch.compile, and call it once; what the compiler refuses is left out with a warning."""
+    rows = prompt_rows(plain, chat, scan, chat.question(REPORT_REQUEST))
+    compiled = torch.compile(plain.causal.forward)
+
+    def side() -> Decoded:
+        with swapped(plain.causal, compiled):
+            return generated(plain.peft, rows, tokens, cache_implementation="static")
+
+    try:
+        side()
+    except Exception as error:  # The compiler fails in many ways, none of which concerns the other sides.
+        logger.warning("torch.compile of generate is left out: %s", str(error).splitlines()[0])
+    else:
+        sides[COMPILED] = side
+
+
+@contextmanager
+def swapped(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it a module runs another forward."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def generated(model: torch.nn.Module, rows: Tensor, tokens: int, **options: Any) -> Decoded:
+    """Greedy answer of transformers' `generate` to (1, T, H) rows."""
+    clock = Clock()
+    with torch.inference_mode():
+        model.generate(
+            inputs_embeds=rows,
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=clock,
+            **options,
+        )
+    return clock.answer
+
+
+@torch.inference_mode()
+def prompt_rows(model: LanguageModel, chat: ChatTokens, scan: Tensor, question: Iterable[int]) -> Tensor:
+    """(1, T, H) input rows of a question about a scan."""
+    ids = torch.tensor([[*chat.prefix(), *question]])
+    rows = model.embed(ids)
+    place = (ids == chat.context_id)[..., None].expand_as(rows)
+    return rows.masked_scatter(place, scan.to(rows))
+
+
+def random_language(config: LanguageConfig, lora: LoRAConfig, chat: ChatTokens) -> LanguageModel:
+    """An LLM with random weights whose answer depends on what it is asked and on the LoRA, and never ends by itself."""
+    torch.manual_seed(0)
+    model = LanguageModel(config, lora).eval().requires_grad_(False)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # As initialised, LoRA adds nothing and the states are nearly the same at every position.
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+            elif parameter.ndim == 2 and "lora_" not in name and "embed" not in name and "lm_head" not in name:
+                parameter.mul_(2)
+        model.bake()
+        model.causal.get_output_embeddings().weight[chat.end_id] = 0
+    model.causal.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+def twin(model: LanguageModel) -> LanguageModel:
+    """A copy that may be merged; the embeddings, which merging leaves alone, are shared."""
+    shared = (model.causal.get_input_embeddings().weight, model.causal.get_output_embeddings().weight)
+    return copy.deepcopy(model, {id(weight): weight for weight in shared})
+
+
+def shipped_tokenizer() -> PreTrainedTokenizerBase:
+    """The tiny preset's tokenizer: it knows the chat's tokens, and random weights need no more of it."""
+    return AutoTokenizer.from_pretrained(WEIGHTS / "tiny")
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the base weights that one decoded token reads: all but the input embedding, of which it reads a row."""
+    rows = model.get_input_embeddings().weight
+    kept = {id(p): p.nbytes for name, p in model.named_parameters() if ".lora_" not in name}
+    if model.get_output_embeddings().weight is not rows:
+        del kept[id(rows)]
+    return sum(kept.values())
+
+
+def _compared(got: list[int], want: list[int], length: int) -> Check:
+    wrong = length - sum(a == b for a, b in zip(got, want))
+    return Check(wrong == 0 and len(got) == length, wrong / length)

@@ -1,0 +1,99 @@
+"""Charts of the benchmarks as PNG: where the time of a request goes, and how it grows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medvl_sam2.bench.kernels import Row
+
+_TIME, _FLOOR, _BASE = "tab:blue", "0.25", "tab:orange"
+
+
+def waterfall(stages: Sequence[Row], path: Path) -> Path:
+    """Stages of a request one after the other, each with the floor it stands on.
+
+    Args:
+        stages: With the keys work, objects, stage, seconds, floor_seconds; one group per number of objects.
+        path: Of the PNG.
+    """
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in stages:
+        groups.setdefault((row["work"], row["objects"]), []).append(row)
+    figure, axes = _figure(8, [0.7 + 0.3 * len(rows) for rows in groups.values()])
+    for axis, ((work, objects), rows) in zip(axes, groups.items()):
+        start = 0.0
+        for place, row in enumerate(rows):
+            axis.barh(place, row["seconds"], left=start, color=_TIME, label=None if place else "measured")
+            if row["floor_seconds"]:
+                axis.barh(place, row["floor_seconds"], left=start, height=0.3, color=_FLOOR)
+            start += row["seconds"]
+            axis.text(start, place, f" {row['seconds']:.3f}", va="center", fontsize=8)
+        axis.barh(0, 0, color=_FLOOR, label="floor")
+        axis.set_yticks(range(len(rows)), [row["stage"] for row in rows])
+        axis.invert_yaxis()
+        axis.set(xlabel="seconds", xlim=(0, 1.12 * start))
+        axis.set_title(f"{work}, {objects} object{'s' if objects > 1 else ''}, new scan", fontsize=9)
+        axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def compared(rows: Sequence[Row], path: Path) -> Path:
+    """Seconds of each side of each work, beside its floor.
+
+    Args:
+        rows: Of `medvl_sam2.bench.rows.judged`.
+        path: Of the PNG.
+    """
+    works: dict[str, list[Row]] = {}
+    for row in rows:
+        objects = f", {row['objects']} object{'s' if row['objects'] > 1 else ''}" if row["objects"] else ""
+        works.setdefault(row["work"] + objects, []).append(row)
+    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in works.values()])
+    for axis, (work, sides) in zip(axes, works.items()):
+        for place, row in enumerate(sides):
+            axis.barh(place, row["seconds"], color=_TIME if place else _BASE)
+            ratio = f" {row['ratio']:.2f}x" if row["ratio"] else " wrong"
+            axis.text(row["seconds"], place, ratio, va="center", fontsize=8)
+            if row["floor_seconds"]:
+                axis.plot([row["floor_seconds"]] * 2, [place - 0.4, place + 0.4], color=_FLOOR)
+        axis.set_yticks(range(len(sides)), [row["provider"] for row in sides])
+        axis.invert_yaxis()
+        axis.set(xlabel="seconds (line: floor)", xlim=(0, 1.15 * max(row["seconds"] for row in sides)))
+        axis.set_title(work, fontsize=9)
+    return _save(figure, path)
+
+
+def scaling(points: Sequence[Row], fits: Sequence[Row], path: Path) -> Path:
+    """Time against slices, objects, resolution and batch, with the fitted line.
+
+    Args:
+        points: With the keys axis, x, seconds.
+        fits: With the keys axis, slope, intercept, r2, exponent.
+        path: Of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(fits), 3), layout="constrained")
+    for axis, fit in zip(figure.subplots(1, len(fits), squeeze=False)[0], fits):
+        x = [row["x"] for row in points if row["axis"] == fit["axis"]]
+        axis.plot(x, [row["seconds"] for row in points if row["axis"] == fit["axis"]], "o", color=_TIME)
+        ends = [min(x), max(x)]
+        axis.plot(ends, [fit["intercept"] + fit["slope"] * end for end in ends], color=_FLOOR)
+        axis.set(xlabel=fit["axis"], ylabel="seconds")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"R² {fit['r2']:.3f}, exponent {fit['exponent']:.2f}", fontsize=9)
+    return _save(figure, path)
+
+
+def _figure(width: float, heights: list[float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, sum(heights) + 0.4 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    return figure, list(axes[:, 0])
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
