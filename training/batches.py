@@ -34,7 +34,7 @@ CLASSES: tuple[Target, ...] = (
 # A finding of this many voxels counts as if it filled its eighth of a patch.
 _FINDING_VOXELS = 6
 # Share of the vision steps on crops, and of the crops that hold a finding where the scan has one.
-_CROP_STEPS, _CROP_FOUND = 0.8, 0.75
+_CROP_STEPS, _CROP_FOUND = 0.72, 0.75
 
 
 @dataclass

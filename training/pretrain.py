@@ -28,7 +28,7 @@ _RARE_LOGIT = -4.0
 # Weight of the dense term beside the promptable one.
 _DENSE_WEIGHT = 0.5
 # A finding fills few patches of few scans; unweighted, organs are all that the ViT learns.
-_FINDINGS_WEIGHT, _FACTS_WEIGHT = 10.0, 0.2
+_FINDINGS_WEIGHT, _FACTS_WEIGHT = 10.0, 0.05
 _NAMING_WEIGHT = 2.0
 
 
