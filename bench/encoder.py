@@ -6,6 +6,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from medvl_sam2.bench.compiling import add_compiled, swapped
 from medvl_sam2.bench.counting import count_flops
 from medvl_sam2.bench.kernels import Row
 from medvl_sam2.bench.rows import race
@@ -13,6 +14,7 @@ from medvl_sam2.model.config import VisionConfig, VolumeConfig
 from medvl_sam2.model.vision import VisionEncoder
 
 M3D_CLIP = (VolumeConfig(), VisionConfig())
+NAIVE = "naive attention"
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -20,23 +22,32 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
-def run(*, volume: VolumeConfig = M3D_CLIP[0], config: VisionConfig = M3D_CLIP[1], rounds: int = 5) -> list[Row]:
+def run(
+    *,
+    volume: VolumeConfig = M3D_CLIP[0],
+    config: VisionConfig = M3D_CLIP[1],
+    rounds: int = 5,
+    compile: bool = False,
+) -> list[Row]:
     """Time both sides on the CPU with random weights.
 
     Args:
         volume: Grid and patch.
         config: Width and depth; M3D-CLIP's by default.
         rounds: Times that each side runs.
+        compile: Measure the baseline under torch.compile too, where that works here.
 
     Returns:
         One dict per side, see `medvl_sam2.bench.rows.race`.
     """
-    raced, flops = sides(volume, config)
+    raced, flops = sides(volume, config, compile=compile)
     work = f"ViT {config.layers}x{config.hidden_size}, {volume.tokens + 1} tokens"
     return race(work, raced, flops=flops, rounds=rounds)
 
 
-def sides(volume: VolumeConfig, config: VisionConfig) -> tuple[dict[str, Callable[[], Tensor]], float]:
+def sides(
+    volume: VolumeConfig, config: VisionConfig, *, compile: bool = False
+) -> tuple[dict[str, Callable[[], Tensor]], float]:
     """What is raced, and its floating-point operations; arguments as in `run`."""
     torch.manual_seed(0)
     encoder = VisionEncoder(volume, config).eval().requires_grad_(False)
@@ -46,4 +57,13 @@ def sides(volume: VolumeConfig, config: VisionConfig) -> tuple[dict[str, Callabl
         with patch("medvl_sam2.model.vision.attention", naive_attention):
             return encoder(scan)
 
-    return {"naive attention": naive, "ours": lambda: encoder(scan)}, count_flops(naive)
+    raced = {NAIVE: naive, "ours": lambda: encoder(scan)}
+    if compile:
+        compiled = torch.compile(encoder.forward)
+
+        def naive_compiled() -> Tensor:
+            with swapped(encoder, compiled):
+                return naive()
+
+        add_compiled(raced, f"{NAIVE}, compiled", torch.inference_mode()(naive_compiled))
+    return raced, count_flops(naive)

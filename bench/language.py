@@ -6,10 +6,8 @@ of a large copy in the same run.
 """
 
 import copy
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from medvl_sam2.bench.compiling import add_compiled, swapped
 from medvl_sam2.bench.kernels import Row
 from medvl_sam2.bench.rows import Check, judged
 from medvl_sam2.bench.timing import copy_rate
@@ -26,8 +25,6 @@ from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.modeling import WEIGHTS
 from medvl_sam2.model.presets import preset
 from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens
-
-logger = logging.getLogger(__name__)
 
 UNMERGED, MERGED, COMPILED, OURS = "transformers, LoRA", "transformers, merged", "transformers, compiled", "ours"
 
@@ -152,7 +149,7 @@ def make_sides(plain: LanguageModel, chat: ChatTokens, scan: Tensor, tokens: int
 def with_compiled(
     sides: dict[str, Callable[[], Decoded]], plain: LanguageModel, chat: ChatTokens, scan: Tensor, tokens: int
 ) -> None:
-    """Add `generate` under torch.compile, and call it once; what the compiler refuses is left out with a warning."""
+    """Add `generate` under torch.compile on a static cache."""
     rows = prompt_rows(plain, chat, scan, chat.question(REPORT_REQUEST))
     compiled = torch.compile(plain.causal.forward)
 
@@ -160,22 +157,7 @@ def with_compiled(
         with swapped(plain.causal, compiled):
             return generated(plain.peft, rows, tokens, cache_implementation="static")
 
-    try:
-        side()
-    except Exception as error:  # The compiler fails in many ways, none of which concerns the other sides.
-        logger.warning("torch.compile of generate is left out: %s", str(error).splitlines()[0])
-    else:
-        sides[COMPILED] = side
-
-
-@contextmanager
-def swapped(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it a module runs another forward."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+    add_compiled(sides, COMPILED, side)
 
 
 def generated(model: torch.nn.Module, rows: Tensor, tokens: int, **options: Any) -> Decoded:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from medvl_sam2.bench.compiling import swapped
 from medvl_sam2.bench.encoder import naive_attention
-from medvl_sam2.bench.language import generated, prompt_rows, swapped
+from medvl_sam2.bench.language import generated, prompt_rows
 from medvl_sam2.bench.segmenter import masks_of, quiet, state_of
 from medvl_sam2.engine.geometry import Volume
 from medvl_sam2.engine.text import requested
@@ -100,11 +101,12 @@ class Reference:
         return found.hidden_states[step][-1][:, -1]
 
     def _by_package(self, images: Tensor, embeddings: Tensor) -> list[Tensor]:
-        package = self.package
-        cached = {}
-        for index in range(len(images)):
-            image = images[index : index + 1]
-            cached[index] = (image, package.forward_image(image))
+        cached: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        for index, image in enumerate(images.split(1)):
+            found = self.package.forward_image(image)
+            # The same for every slice, and four times as large as the features.
+            positions = cached[0][1]["vision_pos_enc"] if cached else found["vision_pos_enc"]
+            cached[index] = (image, {"backbone_fpn": found["backbone_fpn"], "vision_pos_enc": positions})
         return [self._follow({**state_of(images), "cached_features": cached}, token[None]) for token in embeddings]
 
     def _follow(self, state: dict[str, Any], embedding: Tensor) -> Tensor:

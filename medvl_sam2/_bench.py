@@ -33,7 +33,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="language, report of e2e (default: 32, 256)")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=WORKS, help="e2e: what to measure (default: all)")
-    parser.add_argument("--compile", action="store_true", help="language: torch.compile of the baseline too; minutes")
+    parser.add_argument("--operations", nargs="+", metavar="NAME", help="kernels: which of them (default: all)")
+    parser.add_argument(
+        "--tune", action="store_true", help="kernels: search tile settings for this GPU and keep the faster; minutes"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="encoder, language, segmenter: the baseline under torch.compile too"
+    )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw charts as PNG into this folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for PART.json and CSV (default: bench/results)")
 
@@ -59,6 +65,8 @@ def bench(args: Namespace) -> Result:
             raise InputError(f"{name}: expected 2 or more, got {getattr(args, name)}")
     if args.objects and min(args.objects) < 1:
         raise InputError(f"objects: expected 1 or more, got {min(args.objects)}")
+    if args.part != "kernels" and (args.tune or args.operations):
+        raise InputError("tune, operations: belong to one part; use bench kernels --tune, bench kernels --operations")
     if args.plot is not None:
         from medvl_sam2.engine.files import make_folder
 
@@ -108,9 +116,12 @@ def _ingest(args: Namespace) -> Result:
 
 
 def _kernels(args: Namespace) -> Result:
-    from medvl_sam2.bench import kernels, rows
+    from medvl_sam2.bench import kernels, rows, tuning
 
-    found = kernels.run()
+    if args.tune:
+        found = tuning.tune(args.operations)
+        return {"part": args.part, "tuned": found, "problems": []}, tuning.table(found)
+    found = kernels.run(args.operations)
     folder = kernels.RESULTS if args.out is None else args.out.absolute()
     wrong = [f"{row['operation']} by {row['provider']}" for row in found if not row["correct"]]
     path = kernels.write_csv(found, folder / "kernels.csv")
@@ -124,7 +135,8 @@ def _encoder(args: Namespace) -> Result:
     from medvl_sam2.model.presets import preset
 
     config = preset(args.preset)
-    return _rows(args, encoder.run(volume=config.volume, config=config.vision, rounds=args.rounds))
+    options = {"rounds": args.rounds, "compile": args.compile}
+    return _rows(args, encoder.run(volume=config.volume, config=config.vision, **options))
 
 
 def _language(args: Namespace) -> Result:
@@ -140,7 +152,7 @@ def _segmenter(args: Namespace) -> Result:
 
     variant, size = _package_model(args.preset)
     options = {"slices": args.slices or 16, "objects": args.objects or (1, 4, 8), "rounds": args.rounds}
-    return _rows(args, segmenter.run(variant=variant, image_size=size, **options))
+    return _rows(args, segmenter.run(variant=variant, image_size=size, compile=args.compile, **options))
 
 
 def _memory(args: Namespace) -> Result:

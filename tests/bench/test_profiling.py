@@ -1,0 +1,76 @@
+"""The profile: stages named in the trace, memory added up, and both as the command line writes them."""
+
+import gzip
+import json
+
+import pytest
+
+from medvl_sam2 import cli
+from medvl_sam2.bench import ingest, profiling, rows
+from medvl_sam2.bench.e2e import made_up_scan
+from medvl_sam2.engine.engine import MedVLEngine
+
+
+def test_a_trace_names_the_stages_and_carries_the_memory(small_model, tmp_path):
+    engine = MedVLEngine.from_pretrained(small_model, device="cpu", dtype="float32")
+    found = profiling.run(engine, made_up_scan(6, 40), tmp_path, tokens=2)
+    trace = json.loads(gzip.decompress(found["trace"].read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    stages = {"vision", "prefix", "language", "slices", "masks", "voxels"}
+    assert {f"medvl_sam2.{stage}" for stage in stages} | {"mask, new scan", "answer", "allocated MB, cpu"} <= names
+    assert stages <= set(found["seconds"])
+    assert len(found["top"]) > 5 and found["top"][0]["ms"] >= found["top"][1]["ms"]
+    assert found["top"][0]["name"][:40] in found["operations"].read_text()
+    timeline = json.loads(found["memory"].read_text())
+    assert found["peak_mb"]["cpu"] == max(mb for _, mb in timeline["allocated_mb"]["cpu"]) > 0
+    assert stages <= {stage["name"] for stage in timeline["stages"]}
+    assert not (tmp_path / "trace.json").exists()
+
+
+def test_a_timeline_adds_allocations_up():
+    def event(ts: float, size: int, device: int = 0) -> dict:
+        about = {"Bytes": size, "Device Type": device, "Device Id": 0}
+        return {"name": "[memory]", "ts": ts, "args": about}
+
+    stage = {"ph": "X", "cat": "user_annotation", "name": "medvl_sam2.masks", "ts": 1_000.0, "dur": 2_000.0}
+    events = [
+        event(1_500, 2_000_000),
+        event(1_600, 3_000_000),
+        stage,
+        event(1_700, -3_000_000),
+        event(4_000, 1_000_000),
+    ]
+    found = profiling.memory_timeline([*events, event(1_100, 500_000, device=1)])
+    assert found["allocated_mb"] == {"cpu": [(0, 5.0), (3, 3.0)], "cuda:0": [(0, 0.5)]}
+    assert found["stages"] == [{"name": "masks", "start_ms": 0.0, "end_ms": 2.0}]
+
+
+def test_the_verb_writes_rows_as_table_json_and_csv(monkeypatch, tmp_path, capsys):
+    run = ingest.run
+    monkeypatch.setattr(ingest, "run", lambda rounds: run(native=(20, 32, 32), grid=(4, 16, 16), rounds=rounds))
+    assert cli.main(["bench", "ingest", "--json", "--out", str(tmp_path)]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["part"] == "ingest" and document["problems"] == []
+    assert [row["provider"] for row in document["rows"]] == ["whole volume", "ours"]
+    assert (tmp_path / "ingest.csv").read_text().startswith("work,objects,provider")
+    assert len(json.loads((tmp_path / "ingest.json").read_text())["rows"]) == 2
+
+
+def test_a_wrong_result_fails_the_verb(monkeypatch, tmp_path):
+    wrong = rows.judged("x", {"base": [1.0], "ours": [1.0]}, {"ours": rows.Check(False)})
+    monkeypatch.setattr(ingest, "run", lambda rounds: wrong)
+    assert cli.main(["bench", "ingest", "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["ingest", "--rounds", "4"], "5 or more"),
+        (["segmenter", "--preset", "tiny"], "1b-fast"),
+        (["e2e", "--slices", "1"], "2 or more"),
+        (["e2e", "--objects", "0"], "1 or more"),
+    ],
+)
+def test_wrong_options_are_told(options, words, capsys, tmp_path):
+    assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err

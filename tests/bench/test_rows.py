@@ -1,0 +1,154 @@
+"""What stands in a row: ratios only beside a passed check, floors by closed forms, fits of known laws, CSV columns."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from medvl_sam2.bench import plots, rows, timing
+from medvl_sam2.bench.compiling import add_compiled, swapped
+from medvl_sam2.bench.counting import CountedStages, count_flops
+from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.memory_attention import memory_attention_cached
+from medvl_sam2.kernels.mixer import mixer_layer
+from medvl_sam2.kernels.patch_embed3d import patch_embed3d
+from medvl_sam2.kernels.window_attention import window_attention
+
+SPENT = {"base": [4.0, 2.0, 3.0], "ours": [1.0, 1.5, 2.0]}
+
+
+def test_a_row_sets_medians_against_the_baseline_and_the_floor():
+    base, ours = rows.judged("work", SPENT, {"ours": rows.Check(True, 1e-5, 0.9995)}, floor=0.5, rate="8 GFLOP/s")
+    assert (base["seconds"], base["fastest"], base["slowest"], base["rounds"]) == (3.0, 2.0, 4.0, 3)
+    assert base["ratio"] == 1.0 and ours["ratio"] == 2.0
+    assert base["over_floor"] == 6.0 and ours["over_floor"] == 3.0 and ours["dice"] == 0.9995
+    assert set(base) == set(ours) == set(rows.COLUMNS)
+    assert ours["torch"] == torch.__version__ and ours["threads"] == torch.get_num_threads()
+    assert "2.00" in rows.table([base, ours]) and "WRONG" not in rows.table([base, ours])
+
+
+def test_a_failed_check_gets_no_ratio(caplog):
+    _, ours = rows.judged("work", SPENT, {"ours": rows.Check(False, 0.2)})
+    assert ours["ratio"] is None and ours["over_floor"] is None
+    assert "wrong" in caplog.text and "WRONG" in rows.table([ours])
+
+
+@pytest.mark.parametrize(("factor", "ratio_is_given"), [(1 + 1e-4, True), (1 + 2e-3, False)])
+def test_a_race_compares_before_it_times(factor, ratio_is_given, monkeypatch):
+    monkeypatch.setattr(rows, "gemm_rate", lambda: 4e9)
+    x = torch.randn(64)
+    found = rows.race("x", {"plain": lambda: x, "scaled": lambda: factor * x}, flops=1e6, rounds=2)
+    assert found[1]["error"] == pytest.approx(factor - 1, rel=1e-2)
+    assert (found[1]["ratio"] is not None) == found[1]["correct"] == ratio_is_given
+    assert found[0]["floor_seconds"] == pytest.approx(1e6 / 4e9) and found[0]["rate"] == "4 GFLOP/s"
+
+
+def test_csv_files_have_the_columns_and_refuse_others(tmp_path):
+    found = rows.judged("work", SPENT, {})
+    path = rows.append_csv(found[:1], tmp_path / "new" / "rows.csv")
+    rows.append_csv(found[1:], path)
+    with path.open() as file:
+        read = list(csv.DictReader(file))
+    assert tuple(read[0]) == rows.COLUMNS and [row["provider"] for row in read] == ["base", "ours"]
+    assert float(read[1]["ratio"]) == 2.0 and read[0]["dice"] == ""
+    with pytest.raises(ValueError, match="move it away"):
+        rows.append_csv([{**found[0], "another": 1}], path)
+    document = rows.write_json({"rows": found}, tmp_path / "rows.json")
+    assert json.loads(document.read_text())["rows"][1]["ratio"] == 2.0
+
+
+def test_fits_recover_a_line_and_a_power():
+    x = [1, 2, 4, 8]
+    line = timing.fit_line(x, [0.5 + 0.25 * n for n in x])
+    assert (line.slope, line.intercept, line.r2) == pytest.approx((0.25, 0.5, 1.0))
+    power = timing.fit_power(x, [3 * n**1.5 for n in x])
+    assert (power.slope, power.r2) == pytest.approx((1.5, 1.0))
+    # By hand: through (0, 0), (1, 1), (2, 0) the best line is flat and explains nothing.
+    flat = timing.fit_line([0, 1, 2], [0, 1, 0])
+    assert (flat.slope, flat.intercept, flat.r2) == pytest.approx((0, 1 / 3, 0))
+    with pytest.raises(ValueError, match="two different x"):
+        timing.fit_line([2, 2], [1, 2])
+
+
+def test_what_the_compiler_refuses_is_left_out(caplog):
+    def refused() -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    sides = {"plain": lambda: 1}
+    add_compiled(sides, "refused", refused)
+    add_compiled(sides, "taken", lambda: 2)
+    assert list(sides) == ["plain", "taken"] and "refused is left out: no compiler" in caplog.text
+
+
+def test_another_forward_lasts_for_its_block():
+    module = torch.nn.Linear(2, 2)
+    with swapped(module, lambda x: "other"):
+        assert module(torch.ones(2)) == "other"
+    assert module(torch.ones(2)).shape == (2,)
+
+
+def test_sides_take_turns():
+    order = []
+    spent = timing.in_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
+    assert order == list("ababab") and [len(one) for one in spent] == [3, 3]
+
+
+def test_the_rates_are_those_of_the_machine():
+    assert timing.copy_rate(8, 3) > 1e8
+    assert timing.gemm_rate(256, 3) > 1e8
+
+
+def test_operations_are_counted_by_their_closed_forms():
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    assert count_flops(lambda: attention(q, k, k, backend="sdpa")) == 4 * 2 * 5 * 7 * 8
+    # A causal product needs no more than the lower triangle.
+    q = torch.randn(1, 2, 9, 8)
+    assert count_flops(lambda: attention(q, q, q, causal=True, backend="sdpa")) == 4 * 2 * 8 * 9 * 10 // 2
+    x, wide = torch.randn(3, 5, 8), torch.randn(3, 12, 8)
+    narrow = torch.randn(3, 12, 4)
+    assert count_flops(lambda: memory_attention_cached(x, wide, narrow, slot_size=6)) == 2 * 3 * 5 * 12 * (8 + 4)
+    scan, weight = torch.randn(1, 4, 8, 8), torch.randn(6, 2 * 4 * 4)
+    embed = lambda: patch_embed3d(scan, weight, torch.zeros(6), patch=(2, 4, 4))  # noqa: E731
+    assert count_flops(embed) == 2 * (2 * 2 * 2) * 6 * 32
+    qkv = torch.randn(1, 8, 8, 3 * 16)
+    assert count_flops(lambda: window_attention(qkv, 2, 4)) == 4 * 64 * 16 * 16
+    assert count_flops(lambda: window_attention(qkv, 2, 4, pool=True)) == 4 * 16 * 16 * 16
+
+
+def test_the_mixers_products_are_counted():
+    tokens, fewer, hidden, width, across = 16, 4, 12, 8, 20
+    x = torch.randn(2, tokens, width)
+    weights = [
+        *(torch.ones(width), torch.zeros(width), torch.randn(hidden, tokens), torch.zeros(hidden)),
+        *(torch.randn(fewer, hidden), torch.zeros(fewer), torch.ones(width), torch.zeros(width)),
+        *(torch.randn(across, width), torch.zeros(across), torch.randn(width, across), torch.zeros(width)),
+    ]
+    want = 2 * 2 * (hidden * tokens * width + fewer * hidden * width + 2 * fewer * width * across)
+    assert count_flops(lambda: mixer_layer(x, *weights)) == want
+
+
+def test_stages_count_what_runs_in_them():
+    stages = CountedStages(torch.device("cpu"))
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    for _ in range(2):
+        with stages.measure("product"):
+            a @ b
+    with stages.measure("sum"):
+        a.sum()
+    assert stages.flops == {"product": 2 * 2 * 3 * 4 * 5, "sum": 0} and stages["product"] > 0
+
+
+def test_charts_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = rows.judged("work", SPENT, {"ours": rows.Check(False)}, floor=0.5, objects=2)
+    stage = {"work": "w", "objects": 2, "seconds": 0.5}
+    stages = [{**stage, "stage": "vision", "floor_seconds": 0.1}, {**stage, "stage": "crop", "floor_seconds": None}]
+    points = [{"axis": "slices", "x": n, "seconds": float(n)} for n in (1, 2)]
+    fit = {"axis": "slices", "slope": 1.0, "intercept": 0.0, "r2": 1.0, "exponent": 1.0}
+    for path in (
+        plots.compared(found, tmp_path / "a" / "rows.png"),
+        plots.waterfall(stages, tmp_path / "waterfall.png"),
+        plots.scaling(points, [fit], tmp_path / "scaling.png"),
+    ):
+        assert path.read_bytes().startswith(b"\x89PNG")
