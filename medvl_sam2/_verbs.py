@@ -194,13 +194,13 @@ def evaluate(args: Namespace) -> Result:
     disable_progress_bar()
     options = {"seeds": args.seeds, "out": out, "processes": args.processes, "tasks": args.task, "split": args.split}
     summary = run(args.model, args.data, **options)
-    lines = []
-    for name, value in summary.items():
-        if not isinstance(value, dict):
-            low_high = summary["intervals"].get(name)
-            lines.append(f"{name:<28} {value}" + (f"  ({low_high[0]} to {low_high[1]})" if low_high else ""))
+    measures = {name: value for name, value in summary.items() if not isinstance(value, dict)}
     for name in ("report", "vqa_open"):
-        lines += [f"{name + ' ' + score:<28} {value}" for score, value in summary.get(name, {}).items()]
+        measures |= {f"{name}/{score}": value for score, value in summary.get(name, {}).items()}
+    lines = []
+    for name, value in measures.items():
+        low_high = summary["intervals"].get(name)
+        lines.append(f"{name:<28} {value}" + (f"  ({low_high[0]} to {low_high[1]})" if low_high else ""))
     lines += ["", f"{'Dice':<24} {'text':>7} {'box':>7} {'point':>7} {'scans':>6}"]
     for name, row in summary["dice_per_class"].items():
         dice = " ".join(

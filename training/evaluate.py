@@ -3,7 +3,8 @@
 import json
 import logging
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from medvl_sam2.engine.engine import MedVLEngine
+from medvl_sam2.engine.files import write_text
 from medvl_sam2.engine.segmentation import Segmentation, label_map
 from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.training.cases import TruthCase, folder_cases, manifest_cases, phantom_case
+from medvl_sam2.training.datasets.cache import model_config
 from medvl_sam2.training.mask_metrics import Region, dice, region, soft_dice, surface_dice
 from medvl_sam2.training.phantom import STRUCTURES
 from medvl_sam2.training.questions import (
@@ -74,14 +77,12 @@ def run(
     if unknown := [task for task in tasks if task not in (*TASKS, PROMPTS)]:
         raise ValueError(f"task: expected {', '.join((*TASKS, PROMPTS))}, got {unknown[0]!r}")
     if str(data) == "phantom":
-        rows = _run_phantoms(str(model), list(seeds), processes, tuple(tasks))
+        cases: Iterable[int | TruthCase] = list(seeds)
+    elif Path(data).suffix == ".jsonl":
+        cases = manifest_cases(Path(data), split, model_config(model).volume.window)
     else:
-        engine = MedVLEngine.from_pretrained(model)
-        if Path(data).suffix == ".jsonl":
-            cases = manifest_cases(Path(data), split, engine.config.volume.window)
-        else:
-            cases = folder_cases(Path(data))
-        rows = [evaluate_case(engine, case, tasks) for case in tqdm(cases, desc="scans", disable=None)]
+        cases = folder_cases(Path(data))
+    rows = list(tqdm(_rows(str(model), cases, processes, tuple(tasks)), desc="scans", disable=None))
     summary = {
         "model": str(model),
         "data": str(data),
@@ -91,19 +92,30 @@ def run(
     }
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        Path(out, "scans.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        Path(out, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(Path(out, "scans.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
         write_tables(rows, summary, Path(out))
+        write_text(Path(out, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _run_phantoms(model: str, seeds: list[int], processes: int, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(
+    model: str, cases: Iterable[int | TruthCase], processes: int, tasks: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Rows of phantoms (by seed) and read scans, in order."""
     if processes == 1:
         _start_worker(model, 0, tasks)
-        return [_phantom_row(seed) for seed in tqdm(seeds, desc="phantoms", disable=None)]
+        yield from map(_row, cases)
+        return
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _start_worker, (model, 1, tasks)) as pool:
-        return list(tqdm(pool.imap(_phantom_row, seeds), total=len(seeds), desc="phantoms", disable=None))
+        # A pool's own map would read every scan at once.
+        waiting: deque[Any] = deque()
+        for case in cases:
+            waiting.append(pool.apply_async(_row, (case,)))
+            if len(waiting) > processes:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
 
 
 _worker: tuple[MedVLEngine, tuple[str, ...]] | None = None
@@ -116,9 +128,9 @@ def _start_worker(model: str, threads: int, tasks: tuple[str, ...]) -> None:
     _worker = MedVLEngine.from_pretrained(model), tasks
 
 
-def _phantom_row(seed: int) -> dict[str, Any]:
+def _row(case: int | TruthCase) -> dict[str, Any]:
     assert _worker is not None
-    return evaluate_case(_worker[0], phantom_case(seed), _worker[1])
+    return evaluate_case(_worker[0], phantom_case(case) if isinstance(case, int) else case, _worker[1])
 
 
 def evaluate_case(engine: MedVLEngine, case: TruthCase, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
@@ -211,7 +223,7 @@ def _report(session: VolumeSession, case: TruthCase, rng: np.random.Generator) -
     return {
         "report": report,
         "reference": write_report(case.facts, rng),
-        "findings": {"right": len(told & true), "told": len(told), "true": len(true)},
+        "findings": {"told": sorted(told, key=str), "true": sorted(true, key=str)},
         "missed": sorted(map(str, true - told)),
         "invented": sorted(map(str, told - true)),
     }

@@ -3,11 +3,12 @@
 import csv
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medvl_sam2.training.terms import FINDING_TERMS
-from medvl_sam2.training.text_metrics import Estimate, caption_scores, ratio
+from medvl_sam2.training.text_metrics import Estimate, caption_scores, finding_scores, ratio
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,10 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     Returns:
         "dice_text", "dice_box", "dice_point" (structures from 20 mL on; "..._alone" without the name), as many
         "surface_dice_...", "soft_dice_text" (M3D's definition), "small_dice_text" (what `SMALL` names),
-        "present_called_absent", "absent_refused", "multiple_choice_accuracy", "short_accuracy", "findings_f1"; "report"
-        and "vqa_open" with the caption metrics; "intervals" with the 95 % bootstrap interval of each number, whole
-        scans resampled; "dice_per_class" and "dice_per_size".
+        "present_called_absent", "absent_refused"; "multiple_choice_accuracy", "short_accuracy", "accuracy_per_topic";
+        "findings_f1", "findings_precision", "findings_recall", "findings_f1_per_kind"; "report" and "vqa_open" with the
+        caption metrics; "intervals" with the 95 % bootstrap interval of each number ("report/BLEU-1"), whole scans
+        resampled; "dice_per_class" and "dice_per_size".
     """
     summary: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
@@ -36,6 +38,12 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         summary[name] = round(estimate.value, 4) if estimate.count else None
         if estimate.count:
             intervals[name] = [round(estimate.low, 4), round(estimate.high, 4)]
+
+    def put_captions(name: str, texts: list[tuple[str, str, str]]) -> None:
+        found = _captions(texts)
+        summary[name] = {metric: round(estimate.value, 4) for metric, estimate in found.items()}
+        for metric, estimate in found.items():
+            intervals[f"{name}/{metric}"] = [round(estimate.low, 4), round(estimate.high, 4)]
 
     objects = [(row["name"], entry) for row in rows for entry in row["objects"]]
     structures = [(scan, entry) for scan, entry in objects if entry["name"] not in FINDING_TERMS]
@@ -52,14 +60,21 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     if questions:
         for kind in ("multiple_choice", "short"):
             put(f"{kind}_accuracy", _mean([(scan, q) for scan, q in questions if q["kind"] == kind], "right"))
-        open_ones = [q for _, q in questions if q["kind"] != "multiple_choice"]
-        summary["vqa_open"] = _captions([q["answer"] for q in open_ones], [q["truth"] for q in open_ones])
+        summary["accuracy_per_topic"] = _per_topic(questions)
+        open_ones = [(scan, q["answer"], q["truth"]) for scan, q in questions if q["kind"] != "multiple_choice"]
+        put_captions("vqa_open", open_ones)
     reports = [row for row in rows if "report" in row]
     if reports:
-        counts = [row["findings"] for row in reports if "findings" in row]
-        if counts:
-            put("findings_f1", ratio([2 * c["right"] for c in counts], [c["told"] + c["true"] for c in counts]))
-        summary["report"] = _captions([row["report"] for row in reports], [row["reference"] for row in reports])
+        known = [row["findings"] for row in reports if "findings" in row]
+        if known:
+            told, true = ([set(map(tuple, each[key])) for each in known] for key in ("told", "true"))
+            scores = finding_scores(told, true)
+            for name in ("f1", "precision", "recall"):
+                put(f"findings_{name}", scores.pop(name))
+            summary["findings_f1_per_kind"] = {
+                name.removeprefix("f1/"): round(score.value, 4) for name, score in scores.items()
+            }
+        put_captions("report", [(row["name"], row["report"], row["reference"]) for row in reports])
     if any(row.get("absent") for row in rows):
         refused = [(row["name"], {"value": value}) for row in rows for value in row.get("absent", {}).values()]
         put("absent_refused", _mean(refused, "value"))
@@ -69,19 +84,56 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     return summary
 
 
+def summarise_prompts(rows: list[Row]) -> dict[str, Any]:
+    """Mean Dice of each way of asking, on the objects that were asked for in every way.
+
+    Args:
+        rows: Of the task "prompts".
+
+    Returns:
+        "large" (structures from 20 mL on) and "small" (what `SMALL` names), each with a mean by mode, and "classes"
+        with one for each name; "objects" counts them.
+    """
+    entries = [entry for row in rows for entry in row["objects"] if all(mode in entry for mode in MODES)]
+
+    def means(kept: list[Row]) -> dict[str, float]:
+        found = {mode: round(sum(entry[mode] for entry in kept) / len(kept), 4) for mode in MODES} if kept else {}
+        return {**found, "objects": len(kept)}
+
+    structures = [entry for entry in entries if entry["name"] not in FINDING_TERMS]
+    return {
+        "large": means([entry for entry in structures if entry["volume_ml"] >= LARGE_ML]),
+        "small": means([entry for entry in entries if entry["name"] in SMALL]),
+        "classes": {
+            name: means([entry for entry in entries if entry["name"] == name])
+            for name in sorted({entry["name"] for entry in entries})
+        },
+    }
+
+
 def _mean(cases: list[tuple[str, Row]], key: str) -> Estimate:
     held = [(scan, float(entry[key])) for scan, entry in cases if key in entry]
     return ratio([value for _, value in held], [1] * len(held), [scan for scan, _ in held])
 
 
-def _captions(told: list[str], true: list[str]) -> dict[str, float]:
-    if not told:
+def _captions(texts: list[tuple[str, str, str]]) -> Mapping[str, Estimate]:
+    """Scores of (scan, text, reference)."""
+    if not texts:
         return {}
+    scans, told, true = zip(*texts)
     try:
-        return {name: round(value, 4) for name, value in caption_scores(told, true).items()}
+        return caption_scores(told, true, scans)
     except ImportError as error:
         logger.warning("%s; BLEU, ROUGE, METEOR and CIDEr are left out", error)
         return {}
+
+
+def _per_topic(questions: list[tuple[str, Row]]) -> dict[str, float]:
+    groups: dict[str, list[tuple[str, Row]]] = defaultdict(list)
+    for scan, question in questions:
+        if question["topic"] and question["right"] is not None:
+            groups[f"{question['kind']}/{question['topic']}"].append((scan, question))
+    return {name: round(_mean(cases, "right").value, 4) for name, cases in sorted(groups.items())}
 
 
 def _per_class(objects: list[tuple[str, Row]]) -> dict[str, dict[str, Any]]:

@@ -5,15 +5,20 @@ Intervals are percentile bootstraps over scans, not over questions: answers abou
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
+import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from medvl_sam2.training.questions import Question, answer_is_right
-from medvl_sam2.training.reports import Finding, report_findings
+from medvl_sam2.training.reports import Finding
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,65 +52,41 @@ def ratio(
         ValueError: If the lengths differ.
     """
     pairs = np.stack([np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)], axis=-1)
-    if groups is not None:
-        if len(groups) != len(pairs):
-            raise ValueError(f"groups: expected one for each of {len(pairs)} cases, got {len(groups)}")
-        index = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-        sums = np.zeros((len(index), 2))
-        np.add.at(sums, [index[group] for group in groups], pairs)
-    else:
-        sums = pairs
     count = int((pairs[:, 1] > 0).sum())
+    whole, drawn = _resample(pairs, groups, resamples, seed)
     if not count:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
-    rng = np.random.default_rng(seed)
-    drawn = np.array([sums[rng.integers(len(sums), size=len(sums))].sum(axis=0) for _ in range(resamples)])
     drawn = drawn[drawn[:, 1] > 0]
-    top, bottom = sums.sum(axis=0)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
-    return Estimate(float(top / bottom), float(low), float(high), count)
+    return _estimate(whole[0] / whole[1], drawn[:, 0] / drawn[:, 1], count)
 
 
-def accuracy(rights: Sequence[bool], groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Return the share of right answers."""
-    return ratio(np.asarray(rights, dtype=float), np.ones(len(rights)), groups)
+def _resample(
+    cases: np.ndarray, groups: Sequence[Hashable] | None, resamples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums (K,) of (N, K) cases, and (resamples, K) sums over as many groups, drawn with replacement."""
+    sums = cases
+    if groups is not None:
+        if len(groups) != len(cases):
+            raise ValueError(f"groups: expected one for each of {len(cases)} cases, got {len(groups)}")
+        index = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+        sums = np.zeros((len(index), cases.shape[1]))
+        np.add.at(sums, [index[group] for group in groups], cases)
+    rng = np.random.default_rng(seed)
+    drawn = [sums[rng.integers(len(sums), size=len(sums))].sum(axis=0) for _ in range(resamples if len(sums) else 0)]
+    return sums.sum(axis=0), np.array(drawn).reshape(-1, cases.shape[1])
 
 
-def answer_scores(
-    questions: Sequence[Question], answers: Sequence[str], groups: Sequence[Hashable] | None = None
-) -> dict[str, Estimate]:
-    """Score short and multiple-choice answers.
-
-    Args:
-        questions: Long ones are passed over.
-        answers: One text for each question.
-        groups: The scan of each question.
-
-    Returns:
-        By kind ("short"), and by kind and topic ("short/side").
-
-    Raises:
-        ValueError: If there are more or fewer answers than questions.
-    """
-    if len(questions) != len(answers):
-        raise ValueError(f"answers: expected one for each of {len(questions)} questions, got {len(answers)}")
-    rights: dict[str, list[tuple[bool, Hashable]]] = {}
-    for n, (question, answer) in enumerate(zip(questions, answers)):
-        if question.kind != "long":
-            case = answer_is_right(question, answer), groups[n] if groups is not None else n
-            for key in (question.kind, f"{question.kind}/{question.topic}"):
-                rights.setdefault(key, []).append(case)
-    return {key: accuracy([r for r, _ in cases], [g for _, g in cases]) for key, cases in sorted(rights.items())}
+def _estimate(value: float, drawn: np.ndarray, count: int) -> Estimate:
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(float(value), float(low), float(high), count)
 
 
-def finding_scores(
-    predicted: Sequence[AbstractSet[Finding] | str], truth: Sequence[AbstractSet[Finding]]
-) -> dict[str, Estimate]:
+def finding_scores(found: Sequence[AbstractSet[Finding]], truth: Sequence[AbstractSet[Finding]]) -> dict[str, Estimate]:
     """Score the findings of reports; a finding on the wrong side is both missed and made up.
 
     Args:
-        predicted: For each scan the findings, or the report to read them from.
-        truth: For each scan `facts_findings`.
+        found: For each scan what its report tells (`reports.report_findings`).
+        truth: For each scan `reports.facts_findings`.
 
     Returns:
         Micro "precision", "recall" and "f1", and the F1 of each type ("f1/renal_cyst").
@@ -113,9 +94,8 @@ def finding_scores(
     Raises:
         ValueError: If the numbers of scans differ.
     """
-    if len(predicted) != len(truth):
-        raise ValueError(f"predicted: expected one for each of {len(truth)} scans, got {len(predicted)}")
-    found = [report_findings(each) if isinstance(each, str) else each for each in predicted]
+    if len(found) != len(truth):
+        raise ValueError(f"found: expected one for each of {len(truth)} scans, got {len(found)}")
     both = np.array([len(f & t) for f, t in zip(found, truth)])
     said, real = np.array([len(f) for f in found]), np.array([len(t) for t in truth])
     scores = {"precision": ratio(both, said), "recall": ratio(both, real), "f1": ratio(2 * both, said + real)}
@@ -138,19 +118,24 @@ def caption_words(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+(?:[-./'][^\W_]+)*|%", text.lower()))
 
 
-def caption_scores(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -> Mapping[str, float]:
+def caption_scores(
+    hypotheses: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    groups: Sequence[Hashable] | None = None,
+) -> Mapping[str, Estimate]:
     """Score texts by overlap with references: the metrics papers on report generation give.
 
-    BLEU, ROUGE-L and CIDEr are pycocoevalcap's, ROUGE-1 (F) is rouge-score's, METEOR is NLTK's. METEOR matches synonyms
-    only where NLTK's WordNet corpus is installed; without it the score bears another name.
+    BLEU, METEOR, ROUGE-L and CIDEr are pycocoevalcap's, ROUGE-1 (F) is rouge-score's. METEOR runs in Java; without it
+    NLTK's implementation takes its place, under its own name, as the two give other numbers.
 
     Args:
         hypotheses: One text for each case.
         references: For each case its reference, or several.
+        groups: The scan of each case.
 
     Returns:
-        "BLEU-1" to "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR" or "METEOR without synonyms", "CIDEr" (0 for a single case,
-        since every n-gram then occurs in all of them).
+        "BLEU-1" to "BLEU-4", "ROUGE-1", "ROUGE-L", "METEOR" (or "METEOR (NLTK)", or "METEOR (NLTK, no synonyms)" where
+        its WordNet corpus is missing), "CIDEr" (0 for a single case, since every n-gram then occurs in all of them).
 
     Raises:
         ImportError: If the packages of the `eval` extra are missing.
@@ -159,9 +144,7 @@ def caption_scores(hypotheses: Sequence[str], references: Sequence[str | Sequenc
     if not hypotheses or len(hypotheses) != len(references):
         raise ValueError(f"references: expected one for each of {len(hypotheses)} hypotheses, got {len(references)}")
     try:
-        from nltk.corpus import wordnet
-        from nltk.translate.meteor_score import meteor_score
-        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
         from rouge_score.rouge_scorer import RougeScorer
@@ -170,16 +153,70 @@ def caption_scores(hypotheses: Sequence[str], references: Sequence[str | Sequenc
     listed = [[reference] if isinstance(reference, str) else list(reference) for reference in references]
     ours = {n: [caption_words(text)] for n, text in enumerate(hypotheses)}
     theirs = {n: [caption_words(text) for text in texts] for n, texts in enumerate(listed)}
-    scores = dict(zip(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), Bleu(4).compute_score(theirs, ours, verbose=0)[0]))
+    counter = BleuScorer(n=4)
+    for n in ours:
+        counter += (ours[n][0], theirs[n])
+    counts, drawn = _resample(np.array([_bleu_counts(case) for case in counter.ctest], float), groups)
+    scores = {
+        f"BLEU-{n}": _estimate(value, values, len(ours))
+        for n, value, values in zip(range(1, 5), _bleu(counts), _bleu(drawn).T)
+    }
+
+    def mean(values: Sequence[float]) -> Estimate:
+        return ratio(values, np.ones(len(values)), groups)
+
     rouge = RougeScorer(["rouge1"])
-    scores["ROUGE-1"] = np.mean([rouge.score_multi(theirs[n], ours[n][0])["rouge1"].fmeasure for n in ours])
-    scores["ROUGE-L"] = Rouge().compute_score(theirs, ours)[0]
+    scores["ROUGE-1"] = mean([rouge.score_multi(theirs[n], ours[n][0])["rouge1"].fmeasure for n in ours])
+    scores["ROUGE-L"] = mean(Rouge().compute_score(theirs, ours)[1])
+    name, score, each = _meteor(theirs, ours)
+    # METEOR of a corpus is no mean: the interval is that of the texts' own scores, about the corpus's.
+    found = mean(each)
+    shift = score - found.value
+    scores[name] = Estimate(score, found.low + shift, found.high + shift, found.count)
+    scores["CIDEr"] = mean(Cider().compute_score(theirs, ours)[1])
+    return scores
+
+
+def _bleu_counts(case: Mapping[str, Any]) -> list[float]:
+    """Of a case of pycocoevalcap's: its length, that of the nearest reference, n-grams, and those of a reference."""
+    length = case["testlen"]
+    nearest = min((abs(other - length), other) for other in case["reflen"])[1]
+    return [length, nearest, *case["guess"], *case["correct"]]
+
+
+def _bleu(counts: np.ndarray) -> np.ndarray:
+    """(..., 10) summed counts -> (..., 4) BLEU-1 to 4, with pycocoevalcap's guards against zero."""
+    length, nearest, guess, correct = counts[..., :1], counts[..., 1:2], counts[..., 2:6], counts[..., 6:]
+    precision = np.cumprod((correct + 1e-15) / (guess + 1e-9), axis=-1) ** (1 / np.arange(1, 5))
+    return precision * np.exp(np.minimum(0.0, 1 - (nearest + 1e-9) / (length + 1e-15)))
+
+
+@functools.cache
+def _java_meteor() -> Any:
+    """pycocoevalcap's METEOR, begun once: its table of paraphrases takes long to read."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    return Meteor()
+
+
+def _meteor(theirs: dict[int, list[str]], ours: dict[int, list[str]]) -> tuple[str, float, list[float]]:
+    """Name of the implementation, score of all texts, and of each."""
+    if shutil.which("java"):
+        try:
+            return ("METEOR", *_java_meteor().compute_score(theirs, ours))
+        except (OSError, ValueError) as error:
+            _java_meteor.cache_clear()
+            logger.warning("METEOR: Java failed (%s), so NLTK's takes its place", error)
+    try:
+        from nltk.corpus import wordnet
+        from nltk.translate.meteor_score import meteor_score
+    except ImportError as error:
+        raise ImportError(f"{error.name}: needed for caption metrics; pip install 'medvl-sam2[eval]'") from error
     try:
         wordnet.ensure_loaded()
-        name, synonyms = "METEOR", wordnet
+        name, synonyms = "METEOR (NLTK)", wordnet
     except LookupError:
-        name, synonyms = "METEOR without synonyms", _NoSynonyms()
+        name, synonyms = "METEOR (NLTK, no synonyms)", _NoSynonyms()
     split = [([text.split() for text in theirs[n]], ours[n][0].split()) for n in ours]
-    scores[name] = np.mean([meteor_score(refs, words, wordnet=synonyms) for refs, words in split])
-    scores["CIDEr"] = Cider().compute_score(theirs, ours)[0]
-    return {key: float(value) for key, value in scores.items()}
+    each = [meteor_score(refs, words, wordnet=synonyms) for refs, words in split]
+    return name, float(np.mean(each)), each

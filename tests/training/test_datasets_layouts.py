@@ -1,10 +1,10 @@
 """Every published layout, read from tiny copies with the published names; masks against nibabel and scipy directly."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
+import fake_datasets as fake
 import nibabel as nib
 import numpy as np
 import pytest
@@ -14,10 +14,6 @@ from medvl_sam2.training.cases import folder_cases
 from medvl_sam2.training.datasets.base import Problem, Record, Text
 from medvl_sam2.training.datasets.images import read_masks, read_scan
 from medvl_sam2.training.datasets.index import LAYOUTS
-
-_SPEC = importlib.util.spec_from_file_location("_fake_datasets", Path(__file__).with_name("_fake_datasets.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 
 def read(layout: str, root: Path) -> tuple[dict[str, Record], list[Problem]]:

@@ -1,10 +1,10 @@
 """The manifest, its splits, and the command line around it."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
+import fake_datasets as fake
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,10 +15,6 @@ from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.training.datasets.base import Mask, Record, Text
 from medvl_sam2.training.datasets.index import assign_splits, index
 from medvl_sam2.training.datasets.manifest import Manifest, split_path, write_manifest
-
-_SPEC = importlib.util.spec_from_file_location("_fake_datasets", Path(__file__).with_name("_fake_datasets.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 
 @pytest.fixture

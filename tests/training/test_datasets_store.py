@@ -1,9 +1,9 @@
 """Real scans on the model's grids: equal to what the engine and M3D make of them, kept on disk, asked about truly."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+import fake_datasets as fake
 import monai.transforms as mt
 import nibabel as nib
 import numpy as np
@@ -23,10 +23,6 @@ from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.datasets.prepare import Prepared, prepare
 from medvl_sam2.training.datasets.store import ManifestStore
 from medvl_sam2.training.datasets.turns import requests, text_turn
-
-_SPEC = importlib.util.spec_from_file_location("_fake_datasets", Path(__file__).with_name("_fake_datasets.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,19 @@
 """Measures of made-up rows, worked out by hand."""
 
 import csv
-import json
 
 import pytest
 
-from medvl_sam2.training.experiment_page import spread, verdict, write_page
-from medvl_sam2.training.summary import summarise, write_tables
+from medvl_sam2.training import text_metrics
+from medvl_sam2.training.summary import summarise, summarise_prompts, write_tables
 
-LIVER = {"name": "liver", "called_absent": False}
+
+@pytest.fixture(autouse=True)
+def without_java(monkeypatch):
+    """pycocoevalcap's METEOR takes long to begin, and has a test of its own."""
+    monkeypatch.setattr(text_metrics.shutil, "which", lambda _: None)
+
+
 ROWS = [
     {
         "name": "a",
@@ -25,11 +30,11 @@ ROWS = [
         ],
         "report": "The liver is enlarged.",
         "reference": "The liver is enlarged.",
-        "findings": {"right": 1, "told": 2, "true": 1},
+        "findings": {"told": [["cyst", "left"], ["stone", None]], "true": [["cyst", "left"]]},
         "questions": [
-            {"kind": "short", "right": True, "answer": "yes", "truth": "yes"},
-            {"kind": "long", "right": None, "answer": "a small cyst", "truth": "a small cyst"},
-            {"kind": "multiple_choice", "right": False, "answer": "A. left", "truth": "B. right"},
+            {"kind": "short", "topic": "finding", "right": True, "answer": "yes", "truth": "yes"},
+            {"kind": "long", "topic": "describe", "right": None, "answer": "a small cyst", "truth": "a small cyst"},
+            {"kind": "multiple_choice", "topic": "side", "right": False, "answer": "A. left", "truth": "B. right"},
         ],
         "absent": {"spleen": True},
     },
@@ -62,6 +67,9 @@ def test_measures():
     assert summary["present_called_absent"] == pytest.approx(1 / 3, abs=1e-4)
     assert summary["absent_refused"] == pytest.approx(1 / 3, abs=1e-4)
     assert summary["findings_f1"] == pytest.approx(2 / 3, abs=1e-4)
+    assert (summary["findings_precision"], summary["findings_recall"]) == (0.5, 1.0)
+    assert summary["findings_f1_per_kind"] == {"cyst": 1.0, "stone": 0.0}
+    assert summary["accuracy_per_topic"] == {"multiple_choice/side": 0.0, "short/finding": 1.0}
     assert (summary["short_accuracy"], summary["multiple_choice_accuracy"]) == (1.0, 0.0)
     low, high = summary["intervals"]["dice_text"]
     assert low == pytest.approx(0.6) and high == pytest.approx(0.8)
@@ -78,6 +86,7 @@ def test_equal_texts_score_one():
     summary = summarise(ROWS)
     assert summary["report"]["BLEU-4"] == pytest.approx(1, abs=1e-3)
     assert summary["vqa_open"]["ROUGE-L"] == pytest.approx(1, abs=1e-3)
+    assert summary["intervals"]["report/BLEU-4"] == pytest.approx([1, 1], abs=1e-3)
 
 
 def test_scans_without_text_have_no_text_measures():
@@ -97,27 +106,21 @@ def test_tables(tmp_path):
     assert (tmp_path / "dice.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_verdicts_go_by_the_spread_of_paired_differences():
-    assert verdict([0.8, 0.7, 0.9], [0.7, 0.6, 0.8]).startswith("held")
-    assert verdict([0.7, 0.6, 0.8], [0.8, 0.7, 0.9]).startswith("did not hold")
-    assert verdict([0.8, 0.6, 0.7], [0.7, 0.7, 0.7]).startswith("no difference")
-    assert verdict([None, 0.6], [0.7, 0.7]) == "not measured"
-    assert spread([0.5, 0.7]) == "0.600 ± 0.141"
+def test_ways_of_asking_are_compared_on_the_same_objects():
+    modes = ("text", "box", "point", "box_alone", "point_alone")
 
+    def entry(name, volume, *values):
+        return {"name": name, "volume_ml": volume, **dict(zip(modes, values))}
 
-def test_the_page_has_a_section_per_experiment_with_results(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [{"dice_text": 0.5 + 0.1 * i, "multiple_choice_accuracy": 0.4, "small_dice_text": None} for i in range(2)]
-    classes = {"liver": {"text": 0.5, "box": 0.9, "scans": 2}, "pancreas": {"text": 0.1, "scans": 1}}
-    result = {"seeds": [0, 1], "scans": 2, "steps": {"stage1": 5, "stage2": 0}, "model": "tiny"}
-    arms = {
-        "projector": dict.fromkeys(("mixer", "grouped_linear", "pooled"), rows),
-        "prompts": {"prompts": [{"dice_text": 0.5, "dice_box": 0.9, "dice_per_class": classes}] * 2},
-    }
-    for name, found in arms.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({**result, "arms": found}))
-    page = write_page(tmp_path, tmp_path / "docs" / "experiments.md").read_text()
-    assert "## Projector" in page and "## Prompts" in page and "## Stages" not in page
-    assert "0.550 ± 0.071" in page and "stage1 5" in page and "stage2" not in page.split("Repeat")[0].split("Steps")[1]
-    assert (tmp_path / "docs" / "experiments" / "projector.png").is_file()
-    assert "A box helps beyond the spread in 1 of 2 classes: liver" in page
+    rows = [
+        {"objects": [entry("liver", 900, 0.8, 0.9, 0.85, 0.6, 0.5), entry("liver", 900, 0.1)]},
+        {"objects": [entry("liver", 900, 0.6, 0.7, 0.75, 0.2, 0.1)]},
+        {"objects": [entry("lung_nodule", 0.4, 0.0, 0.5, 0.4, 0.3, 0.2)]},
+    ]
+    found = summarise_prompts(rows)
+    assert found["large"] == {
+        "text": 0.7, "box": 0.8, "point": 0.8, "box_alone": 0.4, "point_alone": 0.3, "objects": 2,
+    }  # fmt: skip
+    assert found["classes"]["liver"] == found["large"]
+    assert found["small"]["box"] == 0.5 and found["small"]["objects"] == 1
+    assert summarise_prompts([{"objects": [entry("liver", 900, 0.1)]}])["large"] == {"objects": 0}

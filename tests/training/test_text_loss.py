@@ -64,6 +64,15 @@ def test_loss_and_gradients(way, language, monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_liger_is_left_alone_on_the_cpu(language, monkeypatch):
+    def refuse() -> None:
+        raise AssertionError("asked for")
+
+    monkeypatch.setattr(module, "_liger", refuse)
+    hidden, labels = torch.randn(1, 5, WIDTH), torch.randint(0, VOCABULARY, (1, 5))
+    torch.testing.assert_close(text_loss(language, hidden, labels), whole(language, hidden, labels))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_liger_equals_the_plain_loss(language):

@@ -51,7 +51,7 @@ def fill_cache(
     try:
         check(precision)
         network = MedVLSAM2.from_pretrained(model) if features else None
-        config = network.config if network is not None else _config(model)
+        config = network.config if network is not None else model_config(model)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     problems, scans = [], 0
@@ -66,5 +66,6 @@ def fill_cache(
     return {"manifest": str(manifest), "cache": str(out), "scans": scans, "problems": problems}
 
 
-def _config(model: str | Path) -> MedVLConfig:
+def model_config(model: str | Path) -> MedVLConfig:
+    """Shapes of a preset or model directory, without its weights."""
     return preset(str(model)) if str(model) in PRESETS else MedVLConfig.load(model)
