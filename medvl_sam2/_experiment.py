@@ -17,10 +17,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the budget")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (default: 3)")
-    parser.add_argument("--scans", type=int, default=24, metavar="N", help="unseen phantoms per run (default: 24)")
+    parser.add_argument("--scans", type=int, default=16, metavar="N", help="unseen phantoms per run (default: 16)")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="scans measured at a time (default: 2)")
     parser.add_argument(
-        "--base", type=Path, metavar="DIR", help="run whose pre-trained parts are taken; trained anew by default"
+        "--base",
+        default="tiny",
+        metavar="NAME|DIR|none",
+        help="what all arms begin with: a model, the pre-trained parts of a training run's folder, or none to train "
+        "parts first (default: tiny)",
     )
     parser.add_argument("--model", metavar="NAME|DIR", help="prompts only: measure this model instead of training")
     parser.add_argument("--page", type=Path, metavar="FILE", help="results of all experiments (default: OUT/README.md)")
@@ -45,7 +49,15 @@ def experiment(args: Namespace) -> Result:
     except ValueError as error:
         raise InputError(str(error)) from error
     disable_progress_bar()
-    lab = Lab(make_folder(args.out), config, range(args.seeds), args.scans, args.processes, args.base)
-    result = run(args.experiment, lab, args.model)
-    page = write_page(args.out, args.page or args.out / "README.md")
+    page = args.page or args.out / "README.md"
+    base = None if args.base == "none" else args.base
+    lab = Lab(make_folder(args.out), config, range(args.seeds), args.scans, args.processes, base)
+    result = run(args.experiment, lab, args.model, command=_command(args), report=lambda: write_page(args.out, page))
     return {"page": page, **result}, f"Results of {args.experiment} written to {page}"
+
+
+def _command(args: Namespace) -> str:
+    """The command with what changes its results; folders and processes are the reader's own."""
+    options = {"config": "experiment", "seeds": 3, "scans": 16, "base": "tiny", "model": None}
+    changed = [f"--{name} {getattr(args, name)}" for name, default in options.items() if getattr(args, name) != default]
+    return " ".join(["medvl-sam2 experiment", args.experiment, *changed, *(f"--set {setting}" for setting in args.set)])

@@ -1,19 +1,20 @@
 """The page of the experiments: tables with mean and spread, a plot each, and whether the paper's claim held."""
 
-import csv
 import json
-import statistics
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medvl_sam2.training.summary import SMALL
+from medvl_sam2.engine.files import write_text
+from medvl_sam2.training.experiment_plots import Arms, draw_arms, draw_classes, draw_curves, save
+from medvl_sam2.training.summary import MODES, SMALL
+from medvl_sam2.training.verdicts import HELD, OPEN, REVERSED, UNMEASURED, Comparison, compare, overall, spread
 
-Arms = dict[str, list[dict[str, Any]]]
 _NAMES = {
     "mixer": "MLP-Mixer (the paper's)",
     "grouped_linear": "linear, 4 neighbours joined",
-    "pooled": "average of 4, then linear",
+    "pooled": "mean of 4 neighbours, then linear",
     "text": "[SEG] alone",
     "point": "[SEG] + point",
     "box": "[SEG] + box",
@@ -27,12 +28,46 @@ _MEASURES = {
     "multiple_choice_accuracy": "multiple choice",
     "short_accuracy": "short answers",
     "findings_f1": "findings F1",
+    "minutes": "training, minutes",
 }
-_MODES = ("text", "point", "box", "point_alone", "box_alone")
+_ANSWERS = ("multiple_choice_accuracy", "short_accuracy", "findings_f1")
+_TITLES = {
+    "projector": "Projector: MLP-Mixer against linear projections",
+    "prompts": "Prompts: which structures need a point or a box",
+    "stages": "Stages: three against one",
+}
+_CLAIMS = {
+    "projector": "The Mixer keeps spatial relations that a linear projection to the same number of tokens loses, so "
+    "masks are better. Rivals: a linear layer on four neighbouring tokens joined, and on their mean. The claim rests "
+    "on the Dice of structures from 20 mL on; small structures and answers are told apart.",
+    "prompts": "[SEG] alone lacks the place of small structures, and a point or box supplies it. Up to twelve objects "
+    "of a phantom are asked for in all five ways, and only these count.",
+    "stages": "Training in three stages ends better than training everything at once, at the same optimiser settings "
+    "and number of steps. All steps of the one-stage runs are joint ones: they see more requests for masks than the "
+    "three stages do, and take longer. The claim rests on Dice and on multiple-choice answers.",
+}
+_INTRODUCTION = """# Experiments
+
+The paper's claims (arXiv 2601.09879) at the scale of the `tiny` preset, on phantoms that no run has seen. They say what
+holds for a small model on made scans after few steps, not what holds for the paper's model on patients.
+
+**Method.** All arms of an experiment begin with the same LLM, 3D ViT, SAM2 and [SEG] bridge; projector and LoRA begin
+anew. They have the same number of steps, batch, learning rate and phantoms, and with equal seeds the same batches in
+each stage. Each is run with three seeds and measured on the same unseen phantoms at their own resolution. Tables give
+mean ± standard deviation over seeds. A comparison takes the differences of equal seeds: it *held* where the 95 %
+interval of their mean (Student's t) lies above zero, *the reverse was seen* where it lies below; else there is *no
+verdict*. Three seeds tell large differences only, and of many comparisons one in twenty errs. "Small structures" are
+adrenal glands, pancreas, gallbladder, lung nodules and liver lesions.
+
+**Cost.** As configured (`training/configs/experiment.yaml`), each is meant to take about an hour of two CPU cores.
+Predicted: rendering 600 phantoms, 2 minutes, once; a run of 40, 180 and 180 steps, 4 to 5 minutes, and one of 400 joint
+steps, 6; measuring it on 16 phantoms, 1 to 2 minutes, and in all five ways of asking, 5. `projector` has nine runs;
+`prompts` measures its three Mixer runs anew, `stages` takes them over and adds three one-stage runs. One that was
+killed goes on when the command is given again, and this page is written anew after each seed."""
 
 
 def write_page(results: Path, page: Path) -> Path:
-    """Write the page and a plot per experiment beside it, of all experiments with results.
+    """Write the page, and a plot beside it for each experiment with results; the others are said not to have been run.
 
     Args:
         results: Folder with `projector.json`, `prompts.json`, `stages.json`, as far as they have been run.
@@ -47,44 +82,20 @@ def write_page(results: Path, page: Path) -> Path:
         "prompts": _prompts,
         "stages": _stages,
     }
-    lines = [
-        "# Experiments",
-        "",
-        "The paper's claims (arXiv 2601.09879) at the scale of the `tiny` preset, on phantoms that no run has seen. "
-        "They say what holds for a small model on made scans, not what holds for the paper's model on patients. "
-        "Numbers are mean ± standard deviation over seeds; a difference is taken for real where its mean over pairs of "
-        "equal seed is no smaller than its standard deviation.",
-    ]
+    lines = [_INTRODUCTION]
     for name, section in sections.items():
-        if (results / f"{name}.json").is_file():
-            lines += ["", *section(json.loads((results / f"{name}.json").read_text()), page)]
-    page.write_text("\n".join(lines) + "\n")
+        lines += ["", f"## {_TITLES[name]}", "", textwrap.fill(f"**Claim.** {_CLAIMS[name]}", 120), ""]
+        path = results / f"{name}.json"
+        command = f"medvl-sam2 experiment {name}"
+        if path.is_file():
+            result = json.loads(path.read_text())
+            command = result["command"] or command
+            lines += [_budget(result), "", *section(result, page)]
+        else:
+            lines += ["Not run yet: there are no results."]
+        lines += ["", f"Repeat: `{command}`"]
+    write_text(page, "\n".join(lines) + "\n")
     return page
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Mean and standard deviation as text, a dash where nothing was measured."""
-    held = [value for value in values if value is not None]
-    if not held:
-        return "-"
-    deviation = statistics.stdev(held) if len(held) > 1 else 0.0
-    return f"{statistics.mean(held):.3f} ± {deviation:.3f}"
-
-
-def verdict(better: Sequence[float | None], worse: Sequence[float | None]) -> str:
-    """Whether the first arm beat the second, seed by seed, in words.
-
-    It held where the mean difference is positive and no smaller than the standard deviation of the differences; it was
-    contradicted where it is as clearly negative.
-    """
-    pairs = [a - b for a, b in zip(better, worse) if a is not None and b is not None]
-    if len(pairs) < 2:
-        return "not measured"
-    mean, deviation = statistics.mean(pairs), statistics.stdev(pairs)
-    told = f"difference {mean:+.3f} ± {deviation:.3f}"
-    if abs(mean) < deviation or mean == 0:
-        return f"no difference beyond the spread ({told})"
-    return f"held ({told})" if mean > 0 else f"did not hold, the reverse was seen ({told})"
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[float | None]:
@@ -103,155 +114,96 @@ def _table(arms: Arms, keys: dict[str, str]) -> list[str]:
 
 
 def _budget(result: dict[str, Any]) -> str:
-    steps = ", ".join(f"{name} {count}" for name, count in result["steps"].items() if count)
-    return f"{len(result['seeds'])} seeds, {result['scans']} unseen phantoms each. Steps: {steps}."
+    done = max(map(len, result["arms"].values()), default=0)
+    said = f"{done} of {len(result['seeds'])} seeds" if done < len(result["seeds"]) else f"{done} seeds"
+    said += f", {result['scans']} unseen phantoms each. "
+    if result["model"]:
+        return f"{said}Measured on `{result['model']}`, on a set of phantoms of its own for each seed."
+    said += f"Steps: {', '.join(f'{stage} {count}' for stage, count in result['steps'].items())}. "
+    base = result["base"]
+    if base["name"] is None:
+        return f"{said}The parts were pre-trained here."
+    if base["before_stages"]:
+        return f"{said}All begin with the pre-trained parts of `{base['name']}`, as they were before any stage."
+    return (
+        f"{said}All begin with the parts of `{base['name']}`, which has been through three stages behind a Mixer: what "
+        "its ViT and SAM2 learnt there may favour these."
+    )
+
+
+def _verdict(comparisons: list[Comparison]) -> str:
+    return f"**Verdict.** {overall(comparisons)}"
+
+
+def _against(arms: Arms, first: str, second: str, key: str) -> Comparison:
+    return compare(_values(arms[first], key), _values(arms[second], key))
 
 
 def _projector(result: dict[str, Any], page: Path) -> list[str]:
     arms: Arms = result["arms"]
-    claims = []
+    told, basis = [], []
     for rival in ("grouped_linear", "pooled"):
         for key in ("dice_text", "small_dice_text", "multiple_choice_accuracy"):
-            told = verdict(_values(arms["mixer"], key), _values(arms[rival], key))
-            claims.append(f"- Mixer over {_NAMES[rival]}, {_MEASURES[key]}: {told}.")
-    plot = _plot_arms(arms, ("dice_text", "small_dice_text", "multiple_choice_accuracy"), page, "projector")
-    return [
-        "## Projector: MLP-Mixer against linear projections",
-        "",
-        "Claim: the Mixer keeps spatial relations that a linear projection loses, at the same number of tokens. "
-        f"{_budget(result)}",
-        "",
-        *_table(arms, _MEASURES),
-        "",
-        *claims,
-        "",
-        f"![Dice and answers by projector]({plot})",
-        "",
-        "Repeat: `medvl-sam2 experiment projector`",
-    ]
+            comparison = _against(arms, "mixer", rival, key)
+            told.append(f"- Mixer better than {_NAMES[rival]}, {_MEASURES[key]}: {comparison.words()}.")
+            basis += [comparison] if key == "dice_text" else []
+    shown = {key: _MEASURES[key] for key in ("dice_text", "small_dice_text", "multiple_choice_accuracy")}
+    plot = save(draw_arms(arms, shown), page, "projector")
+    return [*_table(arms, _MEASURES), "", _verdict(basis), "", *told, "", f"![Dice and answers by projector]({plot})"]
 
 
 def _prompts(result: dict[str, Any], page: Path) -> list[str]:
-    runs = result["arms"]["prompts"]
-    overall: Arms = {mode: [{"dice": row.get(f"dice_{mode}")} for row in runs] for mode in _MODES}
-    classes = sorted({name for row in runs for name in row["dice_per_class"]})
-    per_class = {
-        name: {mode: [row["dice_per_class"].get(name, {}).get(mode) for row in runs] for mode in _MODES}
-        for name in classes
+    rows = [row["prompts"] for row in result["arms"]["prompts"]]
+    sizes = {size: {mode: _values([row[size] for row in rows], mode) for mode in MODES} for size in ("large", "small")}
+    classes = {
+        name.replace("_", " "): {
+            mode: _values([row["classes"].get(name, {}) for row in rows], mode) for mode in (*MODES, "objects")
+        }
+        for name in sorted({name for row in rows for name in row["classes"]})
     }
-    lines = ["| | " + " | ".join(_NAMES[mode] for mode in _MODES) + " |", "|---|" + "---|" * len(_MODES)]
-    needy = []
-    for name, modes in per_class.items():
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(spread(modes[mode]) for mode in _MODES) + " |")
-        if verdict(modes["box"], modes["text"]).startswith("held"):
-            needy.append(name.replace("_", " "))
-    small = [name for name in needy if name.replace(" ", "_") in SMALL or name in SMALL]
-    plot = _plot_classes(per_class, page)
-    return [
-        "## Prompts: which structures need a point or a box",
-        "",
-        f"Claim: [SEG] lacks the place of small structures, and a spatial prompt supplies it. {_budget(result)}",
-        *(["", f"Measured on {result['model']}, a set of scans per seed."] if result["model"] else []),
-        "",
-        *_table(overall, {"dice": "Dice, 20 mL and more"}),
-        "",
-        *lines,
-        "",
-        f"A box helps beyond the spread in {len(needy)} of {len(classes)} classes: {', '.join(needy) or 'none'}. "
-        f"Of the small ones: {', '.join(small) or 'none'}.",
-        "",
-        f"![Dice per class and prompt]({plot})",
-        "",
-        "Repeat: `medvl-sam2 experiment prompts`",
-    ]
+    lines = ["| | " + " | ".join(_NAMES[mode] for mode in MODES) + " | objects |", "|---|" + "---|" * (len(MODES) + 1)]
+    named = {"**20 mL and more**": sizes["large"], "**small structures**": sizes["small"], **classes}
+    counts = [_values([row[size] for row in rows], "objects") for size in ("large", "small")]
+    counts += [modes["objects"] for modes in classes.values()]
+    for (name, modes), count in zip(named.items(), counts):
+        cells = " | ".join(spread(modes[mode]) for mode in MODES)
+        lines.append(f"| {name} | {cells} | {sum(filter(None, count))} |")
+    told = []
+    for size, modes in (("small structures", sizes["small"]), ("20 mL and more", sizes["large"])):
+        for better, worse in (("point", "text"), ("box", "text"), ("box", "box_alone"), ("point", "point_alone")):
+            words = compare(modes[better], modes[worse]).words()
+            told.append(f"- {_NAMES[better]} better than {_NAMES[worse]}, {size}: {words}.")
+    basis = [compare(sizes["small"][mode], sizes["small"]["text"]) for mode in ("point", "box")]
+    plot = save(draw_classes(classes, _NAMES), page, "prompts")
+    needs = [f"- {text}: {', '.join(names) or 'none'}." for text, names in _needs(classes).items()]
+    return [*lines, "", _verdict(basis), "", *told, *needs, "", f"![Dice per class and way of asking]({plot})"]
+
+
+def _needs(classes: dict[str, dict[str, list[float | None]]]) -> dict[str, list[str]]:
+    """Classes by what a box adds to [SEG]; small ones are marked."""
+    found: dict[str, list[str]] = {HELD: [], REVERSED: [], OPEN: [], UNMEASURED: []}
+    for name, modes in classes.items():
+        small = name in SMALL or name.replace(" ", "_") in SMALL
+        found[compare(modes["box"], modes["text"]).outcome].append(f"{name} (small)" if small else name)
+    return {
+        "A box helps [SEG]": found[HELD],
+        "A box harms [SEG]": found[REVERSED],
+        "No verdict on a box": found[OPEN],
+        "Seen with fewer than two seeds": found[UNMEASURED],
+    }
 
 
 def _stages(result: dict[str, Any], page: Path) -> list[str]:
     arms: Arms = result["arms"]
-    claims = []
-    for key in ("dice_text", "multiple_choice_accuracy", "short_accuracy", "findings_f1"):
-        told = verdict(_values(arms["three stages"], key), _values(arms["one stage"], key))
-        claims.append(f"- Three stages over one, {_MEASURES[key]}: {told}.")
-    for key in ("multiple_choice_accuracy", "short_accuracy", "findings_f1"):
-        told = verdict(_values(arms["three stages"], key), _values(arms["after stage 2"], key))
-        claims.append(f"- Kept from stage 2 through stage 3, {_MEASURES[key]}: {told}.")
-    plot = _plot_losses(arms, page)
-    return [
-        "## Stages: three against one",
-        "",
-        "Claim: training in three stages ends better than training everything at once, at the same optimiser settings "
-        f"and number of steps. {_budget(result)}",
-        "",
-        *_table(arms, _MEASURES),
-        "",
-        *claims,
-        "",
-        f"![Training losses]({plot})",
-        "",
-        "Repeat: `medvl-sam2 experiment stages`",
-    ]
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _save(figure: Any, page: Path, name: str) -> str:
-    folder = page.parent / "experiments"
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    return f"experiments/{name}.png"
-
-
-def _plot_arms(arms: Arms, keys: Sequence[str], page: Path, name: str) -> str:
-    figure, axes = _figure(3.2 * len(keys), 3, len(keys))
-    for axis, key in zip(axes, keys):
-        for place, rows in enumerate(arms.values()):
-            held = [value for value in _values(rows, key) if value is not None]
-            if held:
-                axis.plot([place] * len(held), held, "o", alpha=0.6)
-                axis.plot([place - 0.2, place + 0.2], [statistics.mean(held)] * 2, "k-")
-        axis.set_xticks(range(len(arms)), list(arms), rotation=20)
-        axis.set_title(_MEASURES[key], fontsize=9)
-        axis.grid(axis="y", alpha=0.3)
-    return _save(figure, page, name)
-
-
-def _plot_classes(per_class: dict[str, dict[str, list[float | None]]], page: Path) -> str:
-    figure, (axis,) = _figure(7.5, 1.5 + 0.24 * len(per_class))
-    names = list(per_class)
-    for mode, marker in zip(_MODES, "os^DP"):
-        means = [(i, [v for v in per_class[name][mode] if v is not None]) for i, name in enumerate(names)]
-        held = [(i, statistics.mean(values)) for i, values in means if values]
-        axis.plot([value for _, value in held], [i for i, _ in held], marker, label=_NAMES[mode], alpha=0.8)
-    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axis.set(xlim=(0, 1), xlabel="mean Dice")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
-    return _save(figure, page, "prompts")
-
-
-def _plot_losses(arms: Arms, page: Path) -> str:
-    figure, (axis,) = _figure(7, 3.5)
-    for arm, colour in (("three stages", "tab:blue"), ("one stage", "tab:orange")):
-        for number, row in enumerate(arms[arm]):
-            done = 0
-            for stage in ("stage1", "stage2", "stage3"):
-                path = Path(row["run"]) / "logs" / f"{stage}.csv"
-                if not path.is_file():
-                    continue
-                with open(path, newline="") as file:
-                    points = [(int(r["step"]), float(r["ce"])) for r in csv.DictReader(file)]
-                if points:
-                    label = arm if number == 0 and done == 0 else None
-                    axis.plot(
-                        [done + s for s, _ in points], [ce for _, ce in points], color=colour, alpha=0.6, label=label
-                    )
-                    done += points[-1][0]
-    axis.set(xlabel="step", ylabel="text loss", yscale="log")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return _save(figure, page, "stages")
+    told = []
+    for key in ("dice_text", "small_dice_text", *_ANSWERS):
+        comparison = _against(arms, "three stages", "one stage", key)
+        told.append(f"- Three stages better than one, {_MEASURES[key]}: {comparison.words()}.")
+    for key in _ANSWERS:
+        words = _against(arms, "after stage 2", "three stages", key).words(
+            "stage 3 forgot some of it", "stage 3 added to it", "no forgetting beyond the spread"
+        )
+        told.append(f"- What stage 2 knew, {_MEASURES[key]}: {words}.")
+    basis = [_against(arms, "three stages", "one stage", key) for key in ("dice_text", "multiple_choice_accuracy")]
+    plot = save(draw_curves(arms), page, "stages")
+    return [*_table(arms, _MEASURES), "", _verdict(basis), "", *told, "", f"![Text loss in training]({plot})"]

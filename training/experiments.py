@@ -1,32 +1,34 @@
 """`medvl-sam2 experiment`: the paper's three claims at the tiny scale, with equal budgets and several seeds.
 
-Every arm begins with the same pre-trained parts (LLM, 3D ViT, SAM2), which are trained once, and sees the same
-phantoms. What an arm has finished is kept, so an interrupted experiment goes on where it stopped, and experiments share
-runs.
+Every arm begins with the same LLM, 3D ViT and SAM2, and with equal seeds sees the same phantoms in the same order. What
+is finished is kept, so an experiment that was killed goes on where it stopped, and experiments share runs.
 """
 
 import copy
-import dataclasses
+import fcntl
 import json
-import logging
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from medvl_sam2.model.presets import preset
-from medvl_sam2.training import checkpoint, evaluate, train
+from tqdm import tqdm
+
+from medvl_sam2.engine.files import write_text
+from medvl_sam2.engine.geometry import InputError
+from medvl_sam2.training import evaluate, train
+from medvl_sam2.training.arms import AFTER_STAGE2, base_model, fingerprint, run_log, train_arm
 from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.phantom import EVALUATION_SEED_START
-
-logger = logging.getLogger(__name__)
+from medvl_sam2.training.summary import summarise_prompts
 
 EXPERIMENTS = ("projector", "prompts", "stages")
 PROJECTORS = ("mixer", "grouped_linear", "pooled")
-_PARTS = tuple(phase for phase in train.PHASES if phase not in train.STAGES)
 # Scans of each seed when one ready model is measured on several sets of them.
 _SET = 1000
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,152 +41,153 @@ class Lab:
         seeds: Of the arms.
         scans: Unseen phantoms that each arm is measured on.
         processes: Scans at a time in the measurements.
-        base: Folder of a training run whose pre-trained parts are taken; trained in `out` when None.
+        base: What the arms begin with; see `arms.base_model`.
     """
 
     out: Path
     config: TrainConfig
     seeds: Sequence[int] = (0, 1, 2)
-    scans: int = 24
+    scans: int = 16
     processes: int = 1
-    base: Path | None = None
+    base: str | Path | None = "tiny"
 
     @property
     def phantoms(self) -> range:
         """Seeds of the unseen phantoms."""
         return range(EVALUATION_SEED_START, EVALUATION_SEED_START + self.scans)
 
+    @cached_property
+    def begin(self) -> str | Path:
+        """The model that the arms begin with, made when first asked for."""
+        return base_model(self.base, self.config, self.out)
 
-def run(name: str, lab: Lab, model: str | Path | None = None) -> dict[str, Any]:
+    def trained(self, arm: str, seed: int) -> Path:
+        """The run of an arm; "one_stage" is the Mixer with all steps in stage 3."""
+        config = copy.deepcopy(self.config)
+        config.seed = seed
+        if arm == "one_stage":
+            config.stage3.steps += config.stage1.steps + config.stage2.steps
+            config.stage1.steps = config.stage2.steps = 0
+        kind = arm if arm in PROJECTORS else "mixer"
+        return train_arm(self.begin, self.out, f"{arm}-{seed}", config, kind, keep_stage2=arm == "mixer")
+
+
+def run(
+    name: str,
+    lab: Lab,
+    model: str | Path | None = None,
+    *,
+    command: str = "",
+    report: Callable[[], object] | None = None,
+) -> dict[str, Any]:
     """Run one experiment, or go on with it.
 
     Args:
         name: Of `EXPERIMENTS`.
         lab: Budget and folder.
         model: For "prompts": a trained model to measure on a set of scans per seed, in place of a run per seed.
+        command: That repeats the experiment, for the page.
+        report: Called each time the results of one more seed are written.
 
     Returns:
         What `<out>/<name>.json` holds: "arms", each with the measures of every seed in order.
 
     Raises:
         ValueError: Unknown experiment, or fewer than two seeds.
+        InputError: Another experiment is running in the folder, or it holds runs of another budget or beginning.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
     if len(lab.seeds) < 2:
         raise ValueError(f"seeds: expected two or more, got {len(lab.seeds)}; a spread needs them")
     lab.out.mkdir(parents=True, exist_ok=True)
-    arms = _prompts(lab, model) if name == "prompts" else {"projector": _projector, "stages": _stages}[name](lab)
-    steps = {phase: getattr(lab.config, phase).steps for phase in train.PHASES}
-    result = {
+    result: dict[str, Any] = {
         "experiment": name,
+        "command": command,
         "seeds": list(lab.seeds),
         "scans": lab.scans,
-        "steps": steps,
+        "steps": {stage: getattr(lab.config, stage).steps for stage in train.STAGES} if model is None else {},
+        "base": _described(lab.base) if model is None else None,
         "model": None if model is None else str(model),
-        "arms": arms,
+        "arms": {},
     }
-    (lab.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    arms: dict[str, list[Row]] = result["arms"]
+    with _alone(lab.out):
+        # Seed by seed, so that an experiment that is stopped early has compared all arms alike.
+        for place, seed in enumerate(tqdm(lab.seeds, desc=name, unit="seed")):
+            if name == "prompts":
+                found = {"prompts": _prompts(lab, seed, place, model)}
+            else:
+                found = {"projector": _projector, "stages": _stages}[name](lab, seed)
+            for arm, row in found.items():
+                arms.setdefault(arm, []).append(row)
+            write_text(lab.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+            if report is not None:
+                report()
     return result
 
 
-def _projector(lab: Lab) -> dict[str, list[dict[str, Any]]]:
+def _projector(lab: Lab, seed: int) -> dict[str, Row]:
+    return {kind: _trained_row(lab, kind, seed) for kind in PROJECTORS}
+
+
+def _stages(lab: Lab, seed: int) -> dict[str, Row]:
+    staged = _trained_row(lab, "mixer", seed)
+    before = lab.out / "runs" / f"mixer-{seed}" / AFTER_STAGE2
     return {
-        kind: [_measure(lab, _trained(lab, kind, seed) / "model", f"{kind}-{seed}") for seed in lab.seeds]
-        for kind in PROJECTORS
+        "three stages": staged,
+        "after stage 2": _measure(lab, before, f"after_stage2-{seed}", ("vqa", "report")),
+        "one stage": _trained_row(lab, "one_stage", seed),
     }
 
 
-def _prompts(lab: Lab, model: str | Path | None) -> dict[str, list[dict[str, Any]]]:
-    rows = []
-    for place, seed in enumerate(lab.seeds):
-        if model is None:
-            directory, scans = _trained(lab, "mixer", seed) / "model", lab.phantoms
-        else:
-            directory, scans = Path(model), range(lab.phantoms[0] + place * _SET, lab.phantoms[-1] + 1 + place * _SET)
-        rows.append(_measure(lab, directory, f"prompts-{seed}", (evaluate.PROMPTS,), scans))
-    return {"prompts": rows}
-
-
-def _stages(lab: Lab) -> dict[str, list[dict[str, Any]]]:
-    arms: dict[str, list[dict[str, Any]]] = {"three stages": [], "after stage 2": [], "one stage": []}
-    for seed in lab.seeds:
-        before = _trained(lab, "mixer", seed, until="stage2") / "after_stage2"
-        arms["after stage 2"].append(_measure(lab, before, f"after_stage2-{seed}", ("vqa", "report")))
-        staged, joint = _trained(lab, "mixer", seed), _trained(lab, "one_stage", seed)
-        arms["three stages"].append(_measure(lab, staged / "model", f"mixer-{seed}") | {"run": str(staged)})
-        arms["one stage"].append(_measure(lab, joint / "model", f"one_stage-{seed}") | {"run": str(joint)})
-    return arms
-
-
-def _trained(lab: Lab, arm: str, seed: int, until: str | None = None) -> Path:
-    """The run of an arm, trained up to a stage; "one_stage" is the Mixer with all steps in stage 3."""
-    out = lab.out / "runs" / f"{arm}-{seed}"
-    # After stage 2 the three-stage arm is measured, so its weights of that moment are kept beside the final ones.
-    keep = out / "after_stage2"
-    if (out / "model.done").is_file() and until is None or (keep / "config.json").is_file() and until is not None:
-        return out
-    config = _arm_config(lab, arm, seed)
-    _begin_with(_pretrained(lab), out, config)
-    settings = preset(config.preset)
-    kind = arm if arm in PROJECTORS else "mixer"
-    settings = dataclasses.replace(settings, projector=dataclasses.replace(settings.projector, kind=kind))
-    # A run that goes no further leaves the weights of that stage where finished ones stood.
-    (out / "model.done").unlink(missing_ok=True)
-    train.run(config, out, until=until, settings=settings)
-    if until is not None:
-        shutil.copytree(out / "model", keep, dirs_exist_ok=True)
+def _prompts(lab: Lab, seed: int, place: int, model: str | Path | None) -> Row:
+    if model is None:
+        directory, scans = lab.trained("mixer", seed) / "model", lab.phantoms
     else:
-        (out / "model.done").touch()
-    return out
+        directory, scans = model, range(lab.phantoms[0] + place * _SET, lab.phantoms[-1] + 1 + place * _SET)
+    name = f"prompts-{seed}"
+    summary = _measure(lab, directory, name, (evaluate.PROMPTS,), scans)
+    with open(lab.out / "measures" / name / "scans.jsonl") as file:
+        return {**summary, "prompts": summarise_prompts([json.loads(line) for line in file])}
 
 
-def _arm_config(lab: Lab, arm: str, seed: int) -> TrainConfig:
-    config = copy.deepcopy(lab.config)
-    config.seed = seed
-    config.data.cache = config.data.cache or str(lab.out / "phantoms")
-    if arm == "one_stage":
-        config.stage3.steps += config.stage1.steps + config.stage2.steps
-        config.stage1.steps = config.stage2.steps = 0
-    return config
-
-
-def _pretrained(lab: Lab) -> Path:
-    """Folder with the checkpoints of the pre-trained parts."""
-    if lab.base is not None:
-        return Path(lab.base)
-    config = copy.deepcopy(lab.config)
-    config.data.cache = config.data.cache or str(lab.out / "phantoms")
-    out = lab.out / "runs" / "base"
-    if not (out / "model" / "config.json").is_file():
-        train.run(config, out, until=_PARTS[-1])
-    return out
-
-
-def _begin_with(base: Path, out: Path, config: TrainConfig) -> None:
-    for part in _PARTS:
-        source, target = base / "checkpoints" / f"{part}.pt", out / "checkpoints" / f"{part}.pt"
-        kept = checkpoint.load(source)
-        if kept is None:
-            if getattr(config, part).steps:
-                raise ValueError(f"base: expected {source} of a finished run, found none")
-            continue
-        # Taken as finished, whatever the number of steps it had.
-        getattr(config, part).steps = kept["step"]
-        if not target.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+def _trained_row(lab: Lab, arm: str, seed: int) -> Row:
+    out = lab.trained(arm, seed)
+    return {**_measure(lab, out / "model", f"{arm}-{seed}"), **run_log(out)}
 
 
 def _measure(
     lab: Lab,
-    model: Path,
+    model: str | Path,
     name: str,
     tasks: Sequence[str] = evaluate.TASKS,
     scans: range | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """Summary of a model on unseen phantoms, kept in `<out>/measures/<name>`."""
-    folder = lab.out / "measures" / name
-    if not (folder / "summary.json").is_file():
-        evaluate.run(model, seeds=scans or lab.phantoms, out=folder, processes=lab.processes, tasks=tasks)
+    folder, scans = lab.out / "measures" / name, scans or lab.phantoms
+    asked = {"model": fingerprint(model), "scans": [scans.start, scans.stop], "tasks": list(tasks)}
+    kept = folder / "measured.json"
+    if not kept.is_file() or json.loads(kept.read_text()) != asked:
+        kept.unlink(missing_ok=True)
+        evaluate.run(model, seeds=scans, out=folder, processes=lab.processes, tasks=tasks)
+        # Written last: a measurement that was broken off is made again.
+        write_text(kept, json.dumps(asked))
     return json.loads((folder / "summary.json").read_text())
+
+
+def _described(base: str | Path | None) -> dict[str, Any]:
+    """What the page tells of the beginning."""
+    parts = base is None or (Path(base) / "checkpoints").is_dir()
+    return {"name": None if base is None else str(base), "before_stages": parts}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as file:
+        try:
+            # Of this process alone: workers that outlive a kill for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another experiment is running there; wait for it") from error
+        yield

@@ -1,121 +1,149 @@
 """The experiments' bookkeeping, with training and measuring replaced: budgets, shared runs, going on after a stop."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from medvl_sam2.training import evaluate, experiments, train
+from medvl_sam2.engine.geometry import InputError
+from medvl_sam2.training import evaluate, experiments
+from medvl_sam2.training.arms import AFTER_STAGE2
 from medvl_sam2.training.config import load_config
 from medvl_sam2.training.experiments import Lab, run
 
-SETTINGS = ("stage1.steps=3", "stage2.steps=4", "stage3.steps=5", "language.steps=1", "vision.steps=1", "sam2.steps=1")
+SETTINGS = ("stage1.steps=3", "stage2.steps=4", "stage3.steps=5")
+STEPS = ("stage1", "stage2", "stage3")
+
+
+class Calls:
+    """What was trained and measured; `stop` breaks off at that training or measurement, as a kill would."""
+
+    def __init__(self):
+        self.trained, self.measured, self.stop = [], [], None
+
+    def count(self) -> None:
+        if self.stop is not None and len(self.trained) + len(self.measured) >= self.stop:
+            raise KeyboardInterrupt
+
+    def train(self, base, home, name, config, projector, *, keep_stage2=False):
+        out = home / "runs" / name
+        if (out / "model").is_dir():
+            return out
+        self.count()
+        steps = [getattr(config, stage).steps for stage in STEPS]
+        self.trained.append({"run": name, "seed": config.seed, "kind": projector, "steps": steps, "base": base})
+        for kept in ("model", AFTER_STAGE2) if keep_stage2 else ("model",):
+            (out / kept).mkdir(parents=True)
+            (out / kept / "config.json").write_text(f"{name} {kept}")
+        return out
+
+    def evaluate(self, model, *, seeds, out, processes, tasks):
+        self.count()
+        self.measured.append({"model": model, "scans": list(seeds), "tasks": tuple(tasks), "out": out.name})
+        out.mkdir(parents=True, exist_ok=True)
+        modes = {"text": 0.2, "box": 0.5, "point": 0.4, "box_alone": 0.3, "point_alone": 0.3}
+        row = {"name": "a", "objects": [{"name": "liver", "volume_ml": 900, **modes}]}
+        (out / "scans.jsonl").write_text(json.dumps(row) + "\n")
+        summary = {"dice_text": 0.5, "of": (model / "config.json").read_text()}
+        (out / "summary.json").write_text(json.dumps(summary))
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """What was trained and measured."""
-    trained, measured = [], []
-
-    def fake_train(config, out, *, until=None, settings=None):
-        steps = {phase: getattr(config, phase).steps for phase in train.PHASES}
-        kind = settings.projector.kind if settings else None
-        trained.append({"run": out.name, "seed": config.seed, "until": until, "kind": kind, "steps": steps})
-        (out / "model").mkdir(parents=True, exist_ok=True)
-        (out / "model" / "config.json").write_text(json.dumps({"until": until}))
-        if out.name == "base":
-            (out / "checkpoints").mkdir()
-            for part in ("language", "vision", "sam2"):
-                torch.save({"step": 1}, out / "checkpoints" / f"{part}.pt")
-        return out / "model"
-
-    def fake_evaluate(model, *, seeds, out, processes, tasks):
-        measured.append({"model": model, "scans": list(seeds), "tasks": tuple(tasks), "out": out.name})
-        out.mkdir(parents=True)
-        until = json.loads((model / "config.json").read_text())["until"]
-        (out / "summary.json").write_text(json.dumps({"dice_text": 0.5, "until": until}))
-
-    monkeypatch.setattr(train, "run", fake_train)
-    monkeypatch.setattr(evaluate, "run", fake_evaluate)
-    return trained, measured
+def calls(monkeypatch) -> Calls:
+    made = Calls()
+    monkeypatch.setattr(experiments, "train_arm", made.train)
+    monkeypatch.setattr(experiments, "base_model", lambda base, config, home: base)
+    monkeypatch.setattr(evaluate, "run", made.evaluate)
+    return made
 
 
 def make_lab(tmp_path, **changes) -> Lab:
     return Lab(tmp_path / "out", load_config("experiment", SETTINGS), seeds=(0, 1), scans=2, **changes)
 
 
-def test_projectors_have_one_budget_and_one_start(calls, tmp_path):
-    trained, measured = calls
-    result = run("projector", make_lab(tmp_path))
-    arms = [call for call in trained if call["run"] != "base"]
-    # All pre-training, and nothing of the stages.
-    (until,) = [call["until"] for call in trained if call["run"] == "base"]
-    assert train.PHASES[train.PHASES.index(until) + 1] == "stage1"
-    assert {(call["kind"], call["seed"]) for call in arms} == {
-        (kind, seed) for kind in experiments.PROJECTORS for seed in (0, 1)
-    }
-    assert len({tuple(call["steps"].items()) for call in arms}) == 1
+def test_projectors_have_one_budget_and_one_beginning(calls, tmp_path):
+    seen = []
+    result = run("projector", make_lab(tmp_path), report=lambda: seen.append(len(calls.measured)))
+    assert [(call["kind"], call["seed"]) for call in calls.trained] == [
+        (kind, seed) for seed in (0, 1) for kind in experiments.PROJECTORS
+    ]
+    assert {tuple(call["steps"]) for call in calls.trained} == {(3, 4, 5)}
+    assert {call["base"] for call in calls.trained} == {"tiny"}
     assert {len(rows) for rows in result["arms"].values()} == {2}
-    assert all(call["scans"] == [1_000_000, 1_000_001] for call in measured)
-    for call in arms:
-        assert (tmp_path / "out" / "runs" / call["run"] / "checkpoints" / "sam2.pt").is_file()
+    assert all(call["scans"] == [1_000_000, 1_000_001] for call in calls.measured)
+    # After each seed all arms have been compared alike.
+    assert seen == [3, 6]
+    assert json.loads((tmp_path / "out" / "projector.json").read_text()) == result
 
 
-def test_a_stopped_experiment_goes_on(calls, tmp_path, monkeypatch):
-    trained, measured = calls
-    whole = train.run
-
-    def stop_at_the_fourth(*args, **options):
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        return whole(*args, **options)
-
-    monkeypatch.setattr(train, "run", stop_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        run("projector", make_lab(tmp_path))
-    monkeypatch.setattr(train, "run", whole)
-    before = len(trained)
-    run("projector", make_lab(tmp_path))
-    assert len(trained) - before == 7 - before
-    assert len(measured) == len({call["out"] for call in measured}) == 6
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_an_experiment_stopped_anywhere_goes_on(name, calls, tmp_path):
+    whole = run(name, make_lab(tmp_path))
+    total = len(calls.trained) + len(calls.measured)
+    for stop in range(total):
+        again = Calls()
+        calls.__dict__.update(again.__dict__)
+        calls.stop = stop
+        lab = make_lab(tmp_path / str(stop))
+        with pytest.raises(KeyboardInterrupt):
+            run(name, lab)
+        calls.stop = None
+        assert run(name, lab) == whole
+        # Nothing that was finished is done twice.
+        assert len(calls.trained) + len(calls.measured) == total
 
 
 def test_one_stage_has_the_steps_of_three(calls, tmp_path):
-    trained, measured = calls
     result = run("stages", make_lab(tmp_path))
-    steps = {call["run"]: call["steps"] for call in trained}
-    assert [steps["one_stage-0"][f"stage{n}"] for n in (1, 2, 3)] == [0, 0, 12]
-    assert [steps["mixer-0"][f"stage{n}"] for n in (1, 2, 3)] == [3, 4, 5]
-    assert {row["until"] for row in result["arms"]["after stage 2"]} == {"stage2"}
-    assert {row["until"] for row in result["arms"]["three stages"]} == {None}
+    steps = {call["run"]: call["steps"] for call in calls.trained}
+    assert steps["one_stage-0"] == [0, 0, 12]
+    assert steps["mixer-0"] == [3, 4, 5]
+    assert [row["of"] for row in result["arms"]["after stage 2"]] == [f"mixer-{n} {AFTER_STAGE2}" for n in (0, 1)]
+    assert [row["of"] for row in result["arms"]["three stages"]] == [f"mixer-{n} model" for n in (0, 1)]
 
 
-def test_stages_after_projector_measure_the_right_weights(calls, tmp_path):
+def test_experiments_share_the_mixers_runs(calls, tmp_path):
     run("projector", make_lab(tmp_path))
-    result = run("stages", make_lab(tmp_path))
-    assert {row["until"] for row in result["arms"]["after stage 2"]} == {"stage2"}
-    assert {row["until"] for row in result["arms"]["three stages"]} == {None}
-    model = tmp_path / "out" / "runs" / "mixer-0" / "model" / "config.json"
-    assert json.loads(model.read_text())["until"] is None
+    before = len(calls.trained)
+    run("stages", make_lab(tmp_path))
+    run("prompts", make_lab(tmp_path))
+    assert [call["run"] for call in calls.trained[before:]] == ["one_stage-0", "one_stage-1"]
 
 
-def test_a_ready_model_is_measured_on_disjoint_scans(calls, tmp_path):
-    trained, measured = calls
+def test_a_measure_belongs_to_its_model_scans_and_tasks(calls, tmp_path):
+    run("prompts", make_lab(tmp_path))
     (tmp_path / "ready").mkdir()
-    (tmp_path / "ready" / "config.json").write_text('{"until": null}')
+    (tmp_path / "ready" / "config.json").write_text("first")
     run("prompts", make_lab(tmp_path), model=tmp_path / "ready")
-    assert not trained
-    first, second = (set(call["scans"]) for call in measured)
+    first, second = (set(call["scans"]) for call in calls.measured[2:])
     assert len(first) == len(second) == 2 and not first & second
-    assert measured[0]["tasks"] == (evaluate.PROMPTS,)
+    assert calls.measured[2]["tasks"] == (evaluate.PROMPTS,)
+    run("prompts", make_lab(tmp_path), model=tmp_path / "ready")
+    assert len(calls.measured) == 4
+    # Other weights under the same name.
+    (tmp_path / "ready" / "config.json").write_text("second")
+    result = run("prompts", make_lab(tmp_path), model=tmp_path / "ready")
+    assert len(calls.measured) == 6 and {row["of"] for row in result["arms"]["prompts"]} == {"second"}
+
+
+def test_two_experiments_in_one_folder_are_refused(calls, tmp_path):
+    lab = make_lab(tmp_path)
+    lab.out.mkdir()
+    hold = f"import fcntl, sys; f = open({str(lab.out / 'lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    hold += "print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another experiment is running"):
+            run("projector", lab)
+    finally:
+        other.kill()
+        other.communicate()
+    run("projector", lab)
 
 
 @pytest.mark.parametrize(("name", "seeds", "message"), [("speed", (0, 1), "experiment"), ("stages", (0,), "seeds")])
 def test_mistakes_are_named(name, seeds, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(name, Lab(tmp_path, load_config("experiment"), seeds=seeds))
-
-
-def test_a_base_without_its_parts_is_named(calls, tmp_path):
-    with pytest.raises(ValueError, match=r"expected .*\.pt of a finished run"):
-        run("projector", make_lab(tmp_path, base=tmp_path))
