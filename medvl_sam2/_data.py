@@ -34,7 +34,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     check = action("check", "name every file of a manifest that is missing or broken")
     stats = action("stats", "count scans, patients, texts and classes of a manifest")
     cache = action("cache", "prepare the scans of a manifest for a model")
-    for each in (check, stats, cache):
+    speed = action("speed", "measure how many scans per second reach the trainer")
+    for each in (check, stats, cache, speed):
         each.add_argument("manifest", type=Path)
     for each in (check, cache):
         each.add_argument("--processes", type=int, default=1, metavar="N", help="scans at a time (default: 1)")
@@ -44,11 +45,18 @@ def options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--features", action="store_true", help="also keep the image encoder's features, for stage 1")
     cache.add_argument("--precision", default="fp32", help="of the training run, for the features (default: fp32)")
     cache.add_argument("--device", default="auto", help="where to compute them (default: auto)")
+    speed.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the prepared scans")
+    speed.add_argument("--config", default="1b", metavar="NAME|YAML", help="training config (default: 1b)")
+    speed.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the config")
+    speed.add_argument("--stage", choices=("stage1", "stage2", "stage3"), default="stage3", help="default: stage3")
+    speed.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    speed.add_argument("--scans", type=int, default=64, metavar="N", help="to load for each (default: 64)")
 
 
 def run(args: Namespace) -> Result:
     """One action."""
-    return {"index": _index, "check": _check, "stats": _stats, "cache": _cache}[args.action](args)
+    actions = {"index": _index, "check": _check, "stats": _stats, "cache": _cache, "speed": _speed}
+    return actions[args.action](args)
 
 
 def _index(args: Namespace) -> Result:
@@ -113,3 +121,27 @@ def _cache(args: Namespace) -> Result:
     lines = [f"{problem['path']}: {problem['reason']}" for problem in document["problems"]]
     lines.append(f"{document['scans']} scans prepared in {args.out}")
     return document, "\n".join(lines)
+
+
+def _speed(args: Namespace) -> Result:
+    from medvl_sam2.engine.geometry import InputError
+    from medvl_sam2.training.config import load_config
+    from medvl_sam2.training.datasets.speed import measure
+
+    if min(args.workers) < 0 or args.scans < 1:
+        raise InputError("workers, scans: expected 0 or more workers and 1 or more scans")
+    try:
+        config = load_config(args.config, args.set)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    config.data.source = str(args.manifest)
+    document = measure(config, args.out, stage=args.stage, workers=args.workers, scans=args.scans)
+    lines = [f"{'prepared from the files':<28} {document['from_files']:>10.2f} scans/s"]
+    for rate in document["prepared"]:
+        lines.append(
+            f"{args.stage + ', workers: ' + str(rate['workers']):<28} {rate['scans_per_second']:>10.2f} scans/s"
+        )
+    for key, name in (("features_computed", "features computed"), ("features_kept", "features kept")):
+        if key in document:
+            lines.append(f"{name:<28} {document[key]:>10.2f} scans/s")
+    return {"manifest": args.manifest, **document}, "\n".join(lines)

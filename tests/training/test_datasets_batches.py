@@ -1,21 +1,24 @@
 """Batches of real scans: repeatable from any step, true to the sides, and the trainer runs on them."""
 
 import dataclasses
-import importlib.util
+import json
 import logging
 from pathlib import Path
 
+import fake_datasets as fake
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from medvl_sam2.cli import main
 from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.training import train
 from medvl_sam2.training.augment import NONE, Chances
 from medvl_sam2.training.config import TrainConfig, load_config
 from medvl_sam2.training.datasets import batches as module
+from medvl_sam2.training.datasets import speed
 from medvl_sam2.training.datasets.batches import ManifestBatches
 from medvl_sam2.training.datasets.cache import FEATURES, fill_cache
 from medvl_sam2.training.datasets.features import FeatureCache
@@ -24,10 +27,6 @@ from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.datasets.store import ManifestStore
 from medvl_sam2.training.loop import Indexed
 from medvl_sam2.training.objectives import JointObjective
-
-_SPEC = importlib.util.spec_from_file_location("_fake_datasets", Path(__file__).with_name("_fake_datasets.py"))
-fake = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fake)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +199,27 @@ def test_features_are_kept_ahead_of_training(data, small_model, model, tmp_path)
     )
     with torch.no_grad():
         assert torch.equal(kept.load(sample.record.id), model.vision(values.clamp(0, 1)[None, None])[0])
+
+
+def test_loading_rates_count_the_scans_after_the_first_batch(data, model, monkeypatch):
+    clock = iter(range(0, 100, 2))
+    monkeypatch.setattr(speed, "perf_counter", lambda: next(clock))
+    # Five scans are three batches of two; the last two take the clock's two seconds.
+    rates = speed.loading_rates(make(data, model), "stage1", workers=(0, 1), scans=5)
+    assert rates == [{"workers": 0, "scans_per_second": 2.0}, {"workers": 1, "scans_per_second": 2.0}]
+    assert speed.rate(str, range(6)) == 3.0
+
+
+def test_loading_is_measured_from_the_command_line(data, small_model, tmp_path, capsys):
+    small = [f"preset={small_model}", "device=cpu", "precision=fp32", "stage1.batch=2", "data.features=true"]
+    options = [part for setting in small for part in ("--set", setting)]
+    command = ["data", "speed", data / "manifest.jsonl", "--out", tmp_path, "--stage", "stage1", "--scans", 3]
+    assert main([*map(str, command), "--workers", "0", *options, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    keys = ("from_files", "features_computed", "features_kept")
+    assert all(document[key] > 0 for key in keys)
+    assert [rate["workers"] for rate in document["prepared"]] == [0]
+    assert len(list((tmp_path / FEATURES).rglob("*.safetensors"))) == 3
 
 
 def test_the_three_stages_train_on_real_scans(data, small_model, tmp_path):
