@@ -16,6 +16,7 @@ from medvl_sam2.bench.timing import fit_line, fit_power, in_turns
 from medvl_sam2.engine.geometry import Volume
 from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.text import requested
+from medvl_sam2.model.processing import ScanArray
 from medvl_sam2.model.prompts import SEGMENT_ANSWER
 from medvl_sam2.model.sam2 import SAM2
 
@@ -68,9 +69,10 @@ def axes(setting: Setting, most: int, slices: int) -> dict[str, dict[int, Callab
     """
     engine = setting.engine
     allowed = engine.config.volume.slices
-    known = engine.open(_thin(setting, min(slices, allowed)))
+    thin = _thin(setting, min(slices, allowed))
+    known, scan = engine.open(thin), ScanArray(thin.voxels)
     counts = [2**n for n in range(most.bit_length()) if 2**n <= min(most, len(NAMES))]
-    visual = setting.reference.visual_tokens(known._scan, known.transform)
+    visual = setting.reference.visual_tokens(scan, engine.processor.transform(scan))
     prefix = engine.language.prefix(visual)
     answer = engine.chat.answer(SEGMENT_ANSWER)
     asked = [engine.chat.question(requested(name)[1]) for name in NAMES]
