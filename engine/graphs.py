@@ -4,6 +4,7 @@ What differs from step to step (slots, ages, pointers, slices) lies in tables on
 a counter on the device walks through them. The host only says "again", and copies the next window of slices in.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from medvl_sam2.engine.ring_memory import MemoryReader, RingMemory, Step
 from medvl_sam2.engine.runner import EncodedPrompts, SharedSlices, SliceRunner
+from medvl_sam2.engine.track_state import TrackState
 from medvl_sam2.kernels.memory_attention import memory_attention_cached
 
-KEPT_LOOPS = 3
+logger = logging.getLogger(__name__)
+KEPT_LOOPS = 4
 
 
 class StepGraph:
     """A function of no arguments that always does the same on the same tensors.
 
     On CUDA the first call runs it (on a stream of its own, as capturing wants it), the second records it, and from
-    then on a call is one launch. Elsewhere every call runs it.
+    then on a call is one launch. Elsewhere, and where it cannot be recorded, every call runs it.
 
     Args:
         function: Runs the step.
@@ -31,7 +34,7 @@ class StepGraph:
     def __init__(self, function: Callable[[], None], device: torch.device) -> None:
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._is_warm = False
+        self._is_warm = self._is_refused = False
 
     @property
     def is_recorded(self) -> bool:
@@ -40,7 +43,7 @@ class StepGraph:
 
     def __call__(self) -> None:
         """Run the step once."""
-        if self._device.type != "cuda":
+        if self._device.type != "cuda" or self._is_refused:
             self._function()
         elif self._graph is not None:
             self._graph.replay()
@@ -52,11 +55,21 @@ class StepGraph:
             torch.cuda.current_stream(self._device).wait_stream(stream)
             self._is_warm = True
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            self._record()
+            self()
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads go on launching on their own streams meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._function()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("a step cannot be recorded as a CUDA graph (%s); it is launched anew each time", reason)
+            self._is_refused = True
+        else:
             self._graph = graph
-            graph.replay()
 
 
 class LoopShape(NamedTuple):
@@ -64,7 +77,9 @@ class LoopShape(NamedTuple):
 
     Attributes:
         chains, objects, slots: Of the ring.
+        states: Groups of objects with logits of their own.
         reads, pointers: Most memories and pointers that a step reads.
+        windows: As many as there are chains, or 1 for all of them.
         window: Most slices that are made ready at a time.
         slices: Of the volume.
         prompt: Shapes of the encoded prompts, and their multimask choice.
@@ -75,9 +90,11 @@ class LoopShape(NamedTuple):
 
     chains: int
     objects: int
+    states: int
     slots: int
     reads: int
     pointers: int
+    windows: int
     window: int
     slices: int
     prompt: tuple[torch.Size, torch.Size, bool]
@@ -107,7 +124,7 @@ class StaticLoop:
             storage_dtype=shape.storage_dtype,
             keep_keys=shape.keep_keys,
         )
-        window = (shape.chains, shape.window)
+        window = (shape.windows, shape.window)
         self._shared = SharedSlices(
             weight.new_zeros(*window, side**2, dim),
             weight.new_zeros(*window, side**2, dim),
@@ -135,9 +152,11 @@ class StaticLoop:
             "distances": table(shape.pointers),
             "lengths": table(shape.reads + 1, dtype=torch.int32),
         }
-        self.logits = weight.new_zeros(shape.slices, shape.objects, config.mask_size, config.mask_size).float()
-        self.scores = weight.new_zeros(shape.slices, shape.objects)
-        self.pointers = weight.new_zeros(shape.slices, shape.objects, dim)
+        # One more row of each state takes what a chain does that has ended before the others.
+        rows = (shape.states, shape.slices + 1, shape.objects)
+        self._logits = weight.new_zeros(*rows, config.mask_size, config.mask_size, dtype=torch.float32)
+        self._scores = weight.new_zeros(rows)
+        self._pointers = weight.new_zeros(*rows, dim)
         self._positions = runner.reader.pointer_positions(shape.slices)
         self.step = StepGraph(self._step, weight.device)
 
@@ -145,7 +164,8 @@ class StaticLoop:
         self,
         ring: RingMemory,
         prompts: EncodedPrompts,
-        pointers: Tensor,
+        pointers: Sequence[Tensor],
+        owners: Sequence[int],
         chains: Sequence[Sequence[Step]],
         places: Sequence[Sequence[int]],
     ) -> None:
@@ -154,14 +174,17 @@ class StaticLoop:
         Args:
             ring: Memories from before the first step.
             prompts: Of all rows.
-            pointers: (S, B, d) object pointers from before.
-            chains: The steps of each chain, equally many.
+            pointers: (S, B, d) object pointers of each state from before.
+            owners: The state of each chain.
+            chains: The steps of each chain; the first has the most.
             places: Each step's slice within its window.
         """
         self.ring.load(ring)
         self._prompts.sparse.copy_(prompts.sparse)
         self._prompts.dense.copy_(prompts.dense)
-        self.pointers.copy_(pointers)
+        for own, before in zip(self._pointers, pointers):
+            own[: self.shape.slices].copy_(before)
+        self._owners = list(owners)
         self._counter.zero_()
         for name, rows in self._laid_out(chains, places).items():
             values = torch.tensor(rows, dtype=self._tables[name].dtype)
@@ -170,13 +193,20 @@ class StaticLoop:
     def _laid_out(self, chains: Sequence[Sequence[Step]], places: Sequence[Sequence[int]]) -> dict[str, list]:
         shape, split = self.shape, self._runner.reader.split
         rows: dict[str, list] = {name: [] for name in self._tables}
-        for steps, at in zip(zip(*chains), zip(*places)):
-            rows["index"].append([step.index for step in steps])
-            rows["place"].append(list(at))
+        first = [owner * (shape.slices + 1) for owner in self._owners]
+        for number in range(len(chains[0])):
+            # A chain that has ended goes on reading what its last step read, and writes where nobody looks.
+            steps = [
+                chain[number] if number < len(chain) else chain[-1]._replace(index=shape.slices, slot=None)
+                for chain in chains
+            ]
+            rows["index"].append([start + step.index for start, step in zip(first, steps)])
+            rows["place"].append([at[min(number, len(at) - 1)] for at in places])
             rows["slot"].append([shape.slots if step.slot is None else step.slot for step in steps])
             rows["slots"].append([_filled([slot for slot, _ in step.memories], shape.reads) for step in steps])
             rows["ages"].append([_filled([age for _, age in step.memories], shape.reads) for step in steps])
-            rows["pointers"].append([_filled([t for t, _ in step.pointers], shape.pointers) for step in steps])
+            pointers = [[start + t for t, _ in step.pointers] for start, step in zip(first, steps)]
+            rows["pointers"].append([_filled(values, shape.pointers) for values in pointers])
             distances = [[shape.slices + distance for _, distance in step.pointers] for step in steps]
             rows["distances"].append([_filled(values, shape.pointers) for values in distances])
             tokens = self.ring.tokens.shape[3]
@@ -186,27 +216,34 @@ class StaticLoop:
         return rows
 
     def enter(self, chain: int, window: SharedSlices) -> None:
-        """Copy a chain's next window of slices in."""
+        """Copy a chain's next window of slices in, or the one of all chains."""
         count = len(window.tokens)
         for target, source in zip(_tensors(self._shared), _tensors(window)):
-            target[chain, :count].copy_(source)
+            target[min(chain, self.shape.windows - 1), :count].copy_(source)
+
+    def give(self, chain: int, slices: list[int], state: TrackState) -> None:
+        """Write what a chain found on some slices into a state."""
+        owner = self._owners[chain]
+        state.logits[slices], state.scores[slices] = self._logits[owner, slices], self._scores[owner, slices]
+        state.pointers[slices] = self._pointers[owner, slices]
 
     def _step(self) -> None:
         shape, runner = self.shape, self._runner
         now = {name: table.index_select(0, self._counter)[0] for name, table in self._tables.items()}
         parts = [self._slice(chain, now["place"][chain : chain + 1]) for chain in range(shape.chains)]
         shared = SharedSlices.join(parts, shape.objects)
-        memory = StaticMemory(self.ring, now, self.pointers, self._positions)
+        logits, scores, pointers = (x.flatten(0, 1) for x in (self._logits, self._scores, self._pointers))
+        memory = StaticMemory(self.ring, now, pointers, self._positions)
         out = runner.segment(shared, memory, self._prompts, shape.gate)
         batch = (shape.chains, shape.objects)
-        self.logits.index_copy_(0, now["index"], out.low_res_logits[:, 0].unflatten(0, batch))
-        self.scores.index_copy_(0, now["index"], out.object_score[:, 0].unflatten(0, batch))
-        self.pointers.index_copy_(0, now["index"], out.object_pointer.unflatten(0, batch))
+        logits.index_copy_(0, now["index"], out.low_res_logits[:, 0].unflatten(0, batch))
+        scores.index_copy_(0, now["index"], out.object_score[:, 0].unflatten(0, batch))
+        pointers.index_copy_(0, now["index"], out.object_pointer.unflatten(0, batch))
         self.ring.write_at(now["slot"], runner.remember(shared, out))
         self._counter.add_(1)
 
     def _slice(self, chain: int, place: Tensor) -> SharedSlices:
-        parts = (x[chain].index_select(0, place) for x in _tensors(self._shared))
+        parts = (x[min(chain, self.shape.windows - 1)].index_select(0, place) for x in _tensors(self._shared))
         tokens, queries, pixels, fine, coarse = parts
         return SharedSlices(tokens, queries, pixels, (fine, coarse))
 
@@ -236,7 +273,7 @@ class StaticMemory:
     Args:
         ring: The memories.
         now: The step's rows of the tables.
-        pointers: (S, B, d) of all slices.
+        pointers: (N, B, d) of all slices of all states.
         positions: `MemoryReader.pointer_positions`.
     """
 

@@ -21,7 +21,6 @@ from medvl_sam2.kernels.memory_attention import Projections, absorb_values, memo
 from medvl_sam2.model.sam2 import SAM2, MemoryBank
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.layers import pointer_position, sine_position
-from medvl_sam2.model.sam2.memory import RoPEAttention
 from medvl_sam2.model.sam2.structures import MemoryEntry
 
 
@@ -115,12 +114,6 @@ def _place(index: int) -> MemoryEntry:
     return MemoryEntry(torch.tensor(index), torch.tensor(index))
 
 
-def projections(attention: RoPEAttention) -> Projections:
-    """Weights of an attention module in the kernels' form."""
-    parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-    return Projections(*(tensor for part in parts for tensor in (part.weight, part.bias)))
-
-
 class ReadLayer(NamedTuple):
     """A layer's part in reading memories: key weights, absorbed values (weight, bias), keys of the ages (T, N, D)."""
 
@@ -145,7 +138,7 @@ class MemoryReader:
         times = weight[:, 0].expand(-1, len(self.position), -1)
         self.layers = []
         for layer in sam2.memory_attention.layers:
-            cross = projections(layer.cross_attn_image)
+            cross = layer.cross_attn_image.projections()
             ages = rope_linear(times, cross.k_weight, None, self.rope)
             self.layers.append(ReadLayer(cross, absorb_values(cross), ages))
 
@@ -194,11 +187,11 @@ class RingMemory:
         self.tokens = weight.new_zeros(*size, config.mem_dim)
         self.kept = [weight.new_zeros(*size, config.d_model) for _ in reader.layers] if keep_keys else None
 
-    def only(self, chain: int) -> "RingMemory":
-        """A view of one chain."""
+    def only(self, part: slice) -> "RingMemory":
+        """A view of some chains."""
         view = copy(self)
-        part = slice(chain, chain + 1)
-        view.chains, view.tokens = 1, self.tokens[part]
+        view.tokens = self.tokens[part]
+        view.chains = len(view.tokens)
         view.kept = None if self.kept is None else [keys[part] for keys in self.kept]
         return view
 
@@ -236,12 +229,12 @@ class RingMemory:
         cross = self.reader.layers[number].cross
         return rope_linear(tokens + self.reader.position, cross.k_weight, cross.k_bias, self.reader.rope)
 
-    def open(self, steps: Sequence[Step], pointers: Tensor, positions: Tensor) -> "OpenMemory":
+    def open(self, steps: Sequence[Step], pointers: Sequence[Tensor], positions: Tensor) -> "OpenMemory":
         """What a step reads.
 
         Args:
             steps: The step of each chain.
-            pointers: (S, B, d) of all slices.
+            pointers: (S, B, d) of all slices, for each chain.
             positions: `MemoryReader.pointer_positions`.
         """
         return OpenMemory(self, steps, pointers, positions)
@@ -250,15 +243,15 @@ class RingMemory:
 class OpenMemory:
     """Keys and values of one step, row by row."""
 
-    def __init__(self, ring: RingMemory, steps: Sequence[Step], pointers: Tensor, positions: Tensor) -> None:
+    def __init__(self, ring: RingMemory, steps: Sequence[Step], pointers: Sequence[Tensor], positions: Tensor) -> None:
         self._ring, self._steps = ring, steps
         self._rows = range(ring.chains * ring.objects)
         split = ring.reader.split
         centre = (len(positions) - 1) // 2
         self._pointers, self._pointer_keys = [], []
-        for step in steps:
+        for step, own in zip(steps, pointers):
             where = [slice_ for slice_, _ in step.pointers]
-            tokens = pointers[where].transpose(0, 1).unflatten(-1, (split, -1)).flatten(1, 2)
+            tokens = own[where].transpose(0, 1).unflatten(-1, (split, -1)).flatten(1, 2)
             times = positions[[centre + distance for _, distance in step.pointers]].repeat_interleave(split, dim=0)
             self._pointers.append(tokens.to(ring.tokens.dtype))
             self._pointer_keys.append(ring.reader.pointer_keys(tokens + times))

@@ -6,14 +6,14 @@ Objects are a batch. Values stay at the memory's width and keys stay turned (`ri
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from medvl_sam2.engine.ring_memory import MemoryReader, OpenMemory, projections
+from medvl_sam2.engine.ring_memory import MemoryReader, OpenMemory
 from medvl_sam2.kernels.axial_rope import rope_linear
 from medvl_sam2.kernels.linear import linear
 from medvl_sam2.kernels.memory_attention import memory_self_attention
@@ -54,7 +54,17 @@ class SharedSlices:
         return SharedSlices(self.tokens[part], self.queries[part], self.pixels[part], high_res)
 
     @staticmethod
-    def join(parts: list["SharedSlices"], objects: int) -> "SharedSlices":
+    def cat(parts: Sequence["SharedSlices"]) -> "SharedSlices":
+        """Join ranges of slices."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("tokens", "queries", "pixels")
+        tokens, queries, pixels = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        fine, coarse = (torch.cat([part.high_res[level] for part in parts]) for level in range(2))
+        return SharedSlices(tokens, queries, pixels, (fine, coarse))
+
+    @staticmethod
+    def join(parts: Sequence["SharedSlices"], objects: int) -> "SharedSlices":
         """One slice per chain as the batch of all chains' objects; a single chain's slice stays a batch of one."""
         if len(parts) == 1:
             return parts[0]
@@ -79,10 +89,14 @@ class EncodedPrompts(NamedTuple):
         dense = self.dense if len(self.dense) == 1 else self.dense[part]
         return EncodedPrompts(self.sparse[part], dense, self.multimask)
 
-    def repeat(self, chains: int) -> "EncodedPrompts":
-        """The same for several chains."""
-        dense = self.dense if len(self.dense) == 1 else self.dense.repeat(chains, 1, 1, 1)
-        return EncodedPrompts(self.sparse.repeat(chains, 1, 1), dense, self.multimask)
+    @staticmethod
+    def join(parts: Sequence["EncodedPrompts"]) -> "EncodedPrompts":
+        """The prompts of several chains as one batch; their tokens are equally many."""
+        if len(parts) == 1:
+            return parts[0]
+        alike = all(len(part.dense) == 1 for part in parts)
+        dense = parts[0].dense if alike else torch.cat([p.dense.expand(len(p.sparse), -1, -1, -1) for p in parts])
+        return EncodedPrompts(torch.cat([part.sparse for part in parts]), dense, parts[0].multimask)
 
 
 class SliceRunner:
@@ -100,7 +114,7 @@ class SliceRunner:
         self.grid = sam2.sam_prompt_encoder.grid_position()
         config, weight = sam2.config, sam2.no_mem_embed
         self._layers = list(sam2.memory_attention.layers)
-        self._own = [projections(layer.self_attn) for layer in self._layers]
+        self._own = [layer.self_attn.projections() for layer in self._layers]
         self._lift = (0.1 * sine_position(config.feature_size, config.d_model, weight.device)).to(weight.dtype)
 
     def prepare(self, features: SliceFeatures) -> SharedSlices:
@@ -175,10 +189,9 @@ class SliceRunner:
         x = shared.tokens.expand(memory.rows, -1, -1)
         for number, (layer, own, read) in enumerate(zip(self._layers, self._own, self.reader.layers)):
             if number:
-                x = x + memory_self_attention(layer.norm1(x), own, rope)
-                queries = rope_linear(layer.norm2(x), read.cross.q_weight, read.cross.q_bias, rope)
+                y, x = layer.norm2.add(x, memory_self_attention(layer.norm1(x), own, rope))
+                queries = rope_linear(y, read.cross.q_weight, read.cross.q_bias, rope)
             else:
                 queries = shared.queries.expand(memory.rows, -1, -1)
-            x = x + linear(memory.attend(number, queries), *read.absorbed)
-            x = layer.feed_forward(x)
+            x = layer.feed_forward(x, linear(memory.attend(number, queries), *read.absorbed))
         return self.sam2.memory_attention.norm(x)

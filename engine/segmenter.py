@@ -1,17 +1,23 @@
 """Masks from prompts: every slice alone, or carried by SAM2's memory away from a start slice."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event
 
 import torch
 from torch import Tensor
 
+from medvl_sam2.engine.chunks import Chunks, free_cached, out_of_memory
+from medvl_sam2.engine.propagation import propagate, propagate_each
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import Images, SliceEncoder
 from medvl_sam2.engine.track_state import Features, Mode
-from medvl_sam2.engine.volume_track import VolumeTrack, propagate
+from medvl_sam2.engine.volume_track import VolumeTrack
 from medvl_sam2.model.config import SegConfig
 from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SliceFeatures
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,16 +62,18 @@ class Segmenter:
         self._encoder = SliceEncoder(sam2, chunk)
         # A slice and an object at a time keep a CPU's cache; a GPU wants many.
         self._pairs = 64 if sam2.no_mem_embed.is_cuda else 4
+        self._chunks = Chunks(self._pairs, "decoding")
 
     @torch.inference_mode()
-    def encode(self, images: Images, slices: int) -> SliceFeatures:
+    def encode(self, images: Images, slices: int, cancel: Event | None = None) -> SliceFeatures:
         """Image features of all slices.
 
         Args:
             images: Gives slices [start, stop) as (n, 3, R, R), normalised.
             slices: How many there are.
+            cancel: Ends the work with `Cancelled` before the next slices once set.
         """
-        return self._encoder.encode(images, 0, slices)
+        return self._encoder.encode(images, 0, slices, cancel)
 
     def track(self, features: Features, embeddings: Tensor | None = None) -> VolumeTrack:
         """Objects that are prompted, followed and corrected slice by slice.
@@ -78,8 +86,8 @@ class Segmenter:
         return VolumeTrack(self.runner, features, mode=self.mode, seg_embeddings=every)
 
     @torch.inference_mode()
-    def by_text(self, features: SliceFeatures, embeddings: Tensor) -> list[ObjectSlices]:
-        """Objects known by their [SEG] vectors alone.
+    def by_text(self, features: SliceFeatures, embeddings: Tensor, cancel: Event | None = None) -> list[ObjectSlices]:
+        """Objects known by their [SEG] vectors alone, as one batch; as smaller ones where memory does not suffice.
 
         Every slice is first read without memory; the slice with the best object score then starts the memory, which
         runs both ways from there.
@@ -87,8 +95,20 @@ class Segmenter:
         Args:
             features: S slices.
             embeddings: (B, E, d) prompt tokens.
+            cancel: Ends the work with `Cancelled` before the next slice once set.
         """
-        logits, scores = self._alone(features, Prompts(embeddings=embeddings))
+        try:
+            return self._by_text(features, embeddings, cancel)
+        except (MemoryError, RuntimeError) as error:
+            half = len(embeddings) // 2
+            if not half or not out_of_memory(error):
+                raise
+            logger.warning("out of memory: %d objects as batches of %d", len(embeddings), half)
+        free_cached()
+        return [found for part in embeddings.split(half) for found in self.by_text(features, part, cancel)]
+
+    def _by_text(self, features: SliceFeatures, embeddings: Tensor, cancel: Event | None) -> list[ObjectSlices]:
+        logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
         starts: list[int | None] = [None] * len(embeddings)
         if self.config.use_memory:
             best, where = scores.max(0)
@@ -97,11 +117,17 @@ class Segmenter:
                 int(place) if score > self.config.object_gate else None
                 for score, place in zip(best.tolist(), where.tolist())
             ]
-            for start in {s for s in starts if s is not None}:
-                rows = torch.tensor([i for i, s in enumerate(starts) if s == start], device=scores.device)
+            rows = [i for i, start in enumerate(starts) if start is not None]
+            if rows:
                 some = embeddings[rows]
-                logits[:, rows], scores[:, rows] = self._propagate(
-                    features, {start: Prompts(embeddings=some)}, start, some
+                logits[:, rows], scores[:, rows] = propagate_each(
+                    self.runner,
+                    features,
+                    Prompts(embeddings=some),
+                    starts=[starts[i] for i in rows],
+                    seg_embeddings=some if self.config.every_slice else None,
+                    mode=self.mode,
+                    cancel=cancel,
                 )
         present = scores > self.config.object_gate
         return [ObjectSlices(logits[:, i], scores[:, i], present[:, i], start) for i, start in enumerate(starts)]
@@ -114,6 +140,7 @@ class Segmenter:
         start: int | None,
         embeddings: Tensor | None,
         extent: tuple[int, int] | None = None,
+        cancel: Event | None = None,
     ) -> ObjectSlices:
         """One object marked by a user on some slices.
 
@@ -123,18 +150,21 @@ class Segmenter:
             start: Slice from where the memory runs both ways; None takes the one where the text finds the object best.
             embeddings: (1, E, d) prompt tokens of the text, or None.
             extent: First and last slice of a 3D box, whose sides are the box among `prompts`; the object lies within.
+            cancel: Ends the work with `Cancelled` before the next slice once set.
         """
         given = {index: prompt.with_embeddings(embeddings) for index, prompt in prompts.items()}
         if start is None:
-            _, scores = self._alone(features, Prompts(embeddings=embeddings))
+            _, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
             start = int(scores[:, 0].argmax())
             given.setdefault(start, Prompts(embeddings=embeddings))
         if self.config.use_memory or embeddings is None:
-            logits, scores = self._propagate(features, given, start, embeddings)
+            every = embeddings if self.config.every_slice else None
+            options = {"seg_embeddings": every, "mode": self.mode, "cancel": cancel}
+            logits, scores = propagate(self.runner, features, given, start=start, **options)
         else:
-            logits, scores = self._alone(features, Prompts(embeddings=embeddings))
+            logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
             for index, prompt in given.items():
-                logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt)
+                logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt, cancel)
             start = None
         present = scores[:, 0] > self.config.object_gate
         if extent is not None:
@@ -150,12 +180,14 @@ class Segmenter:
         columns, rows = ((at < low - 1) | (at > high + 1) for low, high in ((x0, x1), (y0, y1)))
         return rows[:, None] | columns
 
-    def _propagate(
-        self, features: SliceFeatures, prompts: dict[int, Prompts], start: int, embeddings: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        every = embeddings if self.config.every_slice else None
-        return propagate(self.runner, features, prompts, start=start, seg_embeddings=every, mode=self.mode)
-
-    def _alone(self, features: SliceFeatures, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def _alone(self, features: SliceFeatures, prompts: Prompts, cancel: Event | None) -> tuple[Tensor, Tensor]:
         """Every slice without memory."""
-        return self.sam2.predict_slices(features, prompts, gate_by_object_score=False, max_batch=self._pairs)
+        objects = prompts.batch_size or 1
+
+        def decode(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            part, pairs = features[start:stop], objects * (stop - start)
+            return self.sam2.predict_slices(part, prompts, gate_by_object_score=False, max_batch=pairs)
+
+        limit = self._pairs // objects
+        logits, scores = zip(*self._chunks.run(decode, 0, len(features), cancel, limit))
+        return torch.cat(logits), torch.cat(scores)

@@ -1,17 +1,16 @@
 """Image features of a stack of slices, encoded in chunks that fit a memory budget, at once or as they are needed."""
 
-import logging
 from collections.abc import Callable
+from threading import Event
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medvl_sam2.engine.chunks import Chunks
 from medvl_sam2.kernels.linear import linear
 from medvl_sam2.model.sam2 import SAM2, SliceFeatures
 from medvl_sam2.model.sam2.config import PATCH_STRIDE, SAM2Config
-
-logger = logging.getLogger(__name__)
 
 Images = Callable[[int, int], Tensor]
 """Gives slices [start, stop) as (n, 3, R, R), normalised."""
@@ -87,36 +86,21 @@ class SliceEncoder:
         weight = sam2.no_mem_embed
         self.sam2 = sam2
         self._encode = FoldedEncoder(sam2)
-        self.chunk = chunk or choose_chunk(sam2.config, weight.device, weight.dtype)
-        self._has_told = False
+        self.chunks = Chunks(chunk or choose_chunk(sam2.config, weight.device, weight.dtype), "encoding")
 
-    def encode(self, images: Images, start: int, stop: int) -> SliceFeatures:
-        """Image features of slices [start, stop)."""
+    def encode(self, images: Images, start: int, stop: int, cancel: Event | None = None) -> SliceFeatures:
+        """Image features of slices [start, stop).
+
+        Raises:
+            Cancelled: The event was set.
+        """
         weight = self.sam2.no_mem_embed
-        parts = []
-        while start < stop:
-            end = min(stop, start + self.chunk)
-            try:
-                parts.append(self._encode(images(start, end).to(weight.device, weight.dtype)))
-                start = end
-            except (MemoryError, RuntimeError) as error:
-                if self.chunk == 1 or not out_of_memory(error):
-                    raise
-                self.chunk = max(1, min(self.chunk, end - start) // 2)
-                if not self._has_told:
-                    logger.warning("out of memory: encoding %d slices at a time from here on", self.chunk)
-                    self._has_told = True
-            if weight.is_cuda and start < end:
-                # Out of the handler, which would keep the failed call's tensors alive.
-                torch.cuda.empty_cache()
+
+        def encode(start: int, stop: int) -> SliceFeatures:
+            return self._encode(images(start, stop).to(weight.device, weight.dtype))
+
+        parts = self.chunks.run(encode, start, stop, cancel)
         return parts[0] if len(parts) == 1 else SliceFeatures.cat(parts)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class LazyFeatures:

@@ -1,6 +1,5 @@
 """What is known of the objects on the slices of a volume, and the memories that follow from it."""
 
-from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import torch
@@ -59,20 +58,15 @@ class TrackState:
         """B."""
         return self.scores.shape[1]
 
-    def store(self, where: Iterable[int], out: StepOutput) -> None:
-        """Note the outcome of one slice per chain."""
-        size, where = len(self.features), list(where)
+    def store(self, index: int, out: StepOutput, rows: slice = slice(None)) -> None:
+        """Note the outcome of a slice: of some rows of a batch that holds other objects too."""
+        size = len(self.features)
+        logits, scores, pointers = out.low_res_logits[rows, 0], out.object_score[rows, 0], out.object_pointer[rows]
         if self.logits is None:
-            logits, scores, pointers = out.low_res_logits, out.object_score, out.object_pointer
-            self.logits = logits.new_full((size, len(logits), *logits.shape[2:]), NO_OBJECT)
-            self.scores = scores.new_full((size, len(scores)), NO_OBJECT)
+            self.logits = logits.new_full((size, *logits.shape), NO_OBJECT)
+            self.scores = scores.new_full((size, *scores.shape), NO_OBJECT)
             self.pointers = pointers.new_zeros(size, *pointers.shape)
-        batch = len(out.object_score) // len(where)
-        for number, index in enumerate(where):
-            rows = slice(number * batch, (number + 1) * batch)
-            self.logits[index] = out.low_res_logits[rows, 0]
-            self.scores[index] = out.object_score[rows, 0]
-            self.pointers[index] = out.object_pointer[rows]
+        self.logits[index], self.scores[index], self.pointers[index] = logits, scores, pointers
 
     def memory(self, index: int) -> Tensor:
         """Memory tokens (B, N, mem_dim) of a slice, made from its masks unless they are still there."""

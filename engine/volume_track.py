@@ -4,18 +4,20 @@ Only logits, object scores and object pointers are kept per slice. A slice's mem
 again where a chain is taken up anew, and nothing else grows with the number of slices.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from threading import Event
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from medvl_sam2.engine.chains import Chain, ChainLoop, LoopOptions, lay_out
-from medvl_sam2.engine.runner import EncodedPrompts, SliceRunner
+from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.track_state import Features, Mode, TrackState
 from medvl_sam2.model.sam2 import Prompts
 from medvl_sam2.model.sam2.propagation import HINT_LIMIT
+from medvl_sam2.model.sam2.structures import StepOutput
 
 Directions = Literal["both", "forward", "reverse"]
 
@@ -37,6 +39,7 @@ class VolumeTrack:
         chunk: Slices that are made ready at a time.
         keys_bytes: Most memory for keys kept from step to step; beyond it they are projected anew.
         static: Run every step on the same addresses, as one CUDA graph; None does so on CUDA.
+        cancel: Ends a run with `Cancelled` before the next slice once set; the track is then good for nothing more.
     """
 
     def __init__(
@@ -52,14 +55,15 @@ class VolumeTrack:
         chunk: int = 4,
         keys_bytes: int = KEYS_BYTES,
         static: bool | None = None,
+        cancel: Event | None = None,
     ) -> None:
         self.runner, self.features = runner, features
         self.seg_embeddings, self.multimask = seg_embeddings, multimask
         gate = True if gate_by_object_score is None else gate_by_object_score
         static = runner.sam2.no_mem_embed.is_cuda if static is None else static
-        self._options = LoopOptions(gate, chunk, keys_bytes, static)
+        self._options = LoopOptions(gate, chunk, keys_bytes, static, cancel)
         self._state = TrackState(runner, features, mode, storage_dtype)
-        self._loop = ChainLoop(self._state, self._options)
+        self.loop = ChainLoop(runner, features, self._options)
 
     @property
     def logits(self) -> Tensor:
@@ -92,24 +96,35 @@ class VolumeTrack:
         from_user = prompts.is_from_user
         if index in state.tracked and prompts.given_masks is None:
             prompt = self.runner.encode_prompts(prompts, state.objects, self.multimask)
-            self._go([self._chain_of(index, [index])], prompt)
-        else:
-            out = self.runner.sam2.step(
-                self.features[index],
-                prompts,
-                None,
-                is_conditioning=True,
-                slice_index=index,
-                multimask=self.multimask,
-                encode_memory=False,
-                gate_by_object_score=self._options.gate,
-            )
-            state.store([index], out)
-        if index in state.tracked:
+            self.loop.run([self._chain_of(index, [index])._replace(prompt=prompt)])
             state.tracked[index] = from_user
-        else:
-            state.conditioning[index] = from_user
-        state.forget(index)
+            state.forget(index)
+            return
+        out = self.runner.sam2.step(
+            self.features[index],
+            prompts,
+            None,
+            is_conditioning=True,
+            slice_index=index,
+            multimask=self.multimask,
+            encode_memory=False,
+            gate_by_object_score=self._options.gate,
+        )
+        self.take(index, out, from_user)
+
+    def take(self, index: int, out: StepOutput, from_user: bool = False, rows: slice = slice(None)) -> None:
+        """Let the chains of the next `run` start from the outcome of a slice.
+
+        Args:
+            index: The slice.
+            out: Its outcome.
+            from_user: Whether a user's input made the masks.
+            rows: The B objects' places in the outcome.
+        """
+        self._state.store(index, out, rows)
+        known = self._state.tracked if index in self._state.tracked else self._state.conditioning
+        known[index] = from_user
+        self._state.forget(index)
 
     @torch.inference_mode()
     def run(self, start: int, directions: Directions = "both") -> None:
@@ -118,6 +133,16 @@ class VolumeTrack:
         Args:
             start: Slice where the chains begin, usually a prompted one.
             directions: Which chains.
+        """
+        for chains in self.ways(start, directions):
+            self.loop.run(chains)
+
+    def ways(self, start: int, directions: Directions = "both") -> Iterator[list[Chain]]:
+        """The chains of `run` in lots that run side by side; a lot is to be run before the next one is asked for.
+
+        Args:
+            start: As in `run`.
+            directions: As in `run`.
         """
         if directions not in ("both", "forward", "reverse"):
             raise ValueError(f"directions: expected 'both', 'forward' or 'reverse', got {directions!r}")
@@ -132,12 +157,12 @@ class VolumeTrack:
         wanted = [(forward, False)] * (directions != "reverse") + [(reverse, True)] * (directions != "forward")
         wanted = [(order, backwards) for order, backwards in wanted if order]
         if state.mode == "independent" and start in state.conditioning:
-            self._go([Chain(order, backwards, ()) for order, backwards in wanted])
+            yield [self._chain(order, backwards, ()) for order, backwards in wanted]
             return
         for order, backwards in wanted:
             # A start that nobody prompted is a step of both chains, which then must not run side by side.
             seen = () if state.mode == "independent" else tuple(state.tracked)
-            self._go([Chain(order, backwards, seen)])
+            yield [self._chain(order, backwards, seen)]
 
     @torch.inference_mode()
     def correct(self, index: int, prompts: Prompts) -> list[int]:
@@ -168,10 +193,10 @@ class VolumeTrack:
                 forward = []
         chains = [self._chain_of(order[0], order) for order in (forward, reverse) if order]
         if state.mode == "independent":
-            self._go(chains)
+            self.loop.run(chains)
         else:
             for chain in chains:
-                self._go([chain])
+                self.loop.run([chain])
         return sorted({index, *forward, *reverse})
 
     def _reads_from(self, reverse: Sequence[int], index: int) -> bool:
@@ -179,7 +204,7 @@ class VolumeTrack:
         state = self._state
         if state.mode == "independent" or not reverse:
             return False
-        laid_out = lay_out(state, self._chain_of(reverse[0], list(reverse)))
+        laid_out = lay_out(self._chain_of(reverse[0], list(reverse)))
         return any(
             t >= index
             for step in laid_out.steps
@@ -192,17 +217,14 @@ class VolumeTrack:
         state = self._state
         reverse = first < state.start
         if state.mode == "reference":
-            return Chain(order, reverse, tuple(state.tracked))
+            return self._chain(order, reverse, tuple(state.tracked))
         own = [t for t in state.tracked if (t < state.start) == reverse]
-        return Chain(order, reverse, tuple(own))
+        return self._chain(order, reverse, tuple(own))
 
-    def _go(self, chains: Sequence[Chain], prompt: EncodedPrompts | None = None) -> None:
-        if not chains:
-            return
-        if prompt is None:
-            asked = Prompts(embeddings=self.seg_embeddings)
-            prompt = self.runner.encode_prompts(asked, self._state.objects, self.multimask)
-        self._loop.run(chains, prompt)
+    def _chain(self, order: list[int], reverse: bool, tracked: Sequence[int]) -> Chain:
+        asked = Prompts(embeddings=self.seg_embeddings)
+        prompt = self.runner.encode_prompts(asked, self._state.objects, self.multimask)
+        return Chain(self._state, prompt, order, reverse, tracked)
 
     def _check(self, index: int) -> None:
         last = len(self.features) - 1
@@ -212,36 +234,3 @@ class VolumeTrack:
     def _need_objects(self) -> None:
         if self._state.logits is None:
             raise ValueError("track: expected a prompted slice, got none; call prompt() and run() first")
-
-
-def propagate(
-    runner: SliceRunner,
-    features: Features,
-    prompts: Mapping[int, Prompts | None] | None = None,
-    *,
-    start: int,
-    directions: Directions = "both",
-    seg_embeddings: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Segment B objects through a volume; the counterpart of `model.sam2.propagate`.
-
-    Args:
-        runner: The model.
-        features: All S slices.
-        prompts: Prompts of the B objects by slice. When there are none, ``start`` is conditioned on the embeddings.
-        start: Slice where the chains begin.
-        directions: Which chains to run.
-        seg_embeddings: (B, E, d) tokens given on every slice, such as the [SEG] vector.
-        **options: Of `VolumeTrack`.
-
-    Returns:
-        Logits (S, B, m, m) and object scores (S, B); slices not reached hold NO_OBJECT.
-    """
-    if not prompts and seg_embeddings is None:
-        raise ValueError("propagate: expected prompts or seg_embeddings, got neither; say what to segment")
-    track = VolumeTrack(runner, features, seg_embeddings=seg_embeddings, **options)
-    for index, asked in (prompts or {start: None}).items():
-        track.prompt(index, asked)
-    track.run(start, directions)
-    return track.logits, track.scores

@@ -2,17 +2,26 @@
 
 import logging
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import zip_longest
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from medvl_sam2.engine.cancelling import Cancelled
+from medvl_sam2.engine.chains import stretches
+from medvl_sam2.engine.graphs import StepGraph
+from medvl_sam2.engine.propagation import propagate, propagate_each
 from medvl_sam2.engine.ring_memory import plan_chain
 from medvl_sam2.engine.runner import SliceRunner
+from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder, choose_chunk, working_bytes
-from medvl_sam2.engine.volume_track import VolumeTrack, propagate
+from medvl_sam2.engine.volume_track import VolumeTrack
+from medvl_sam2.model.config import SegConfig
 from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SAM2Config, SliceFeatures, VolumeTracker
 from medvl_sam2.model.sam2 import propagate as plain_propagate
 
@@ -187,6 +196,45 @@ def test_the_static_loop_is_the_same(runner: SliceRunner, mode: str) -> None:
     assert list(runner.loops.values()) == loops, "buffers and graphs of a shape are used again"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_is_run_then_recorded_then_replayed(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CUDA itself is a log here. A step that cannot be recorded is launched each time, and that is said."""
+    log: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            log.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextmanager
+    def record(graph: Any, capture_error_mode: str) -> Any:
+        log.append(f"record {capture_error_mode}")
+        yield
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    step = StepGraph(lambda: log.append("run"), torch.device("cuda"))
+    for _ in range(4):
+        step()
+    assert log[:5] == ["wait", "run", "wait", "record thread_local", "run"]
+    assert log[5:] == (["run"] * 3 if fails else ["replay"] * 3)
+    assert step.is_recorded == (not fails)
+    assert [record.message for record in caplog.records] == fails * [
+        "a step cannot be recorded as a CUDA graph (operation not permitted when stream is capturing); "
+        "it is launched anew each time"
+    ]
+
+
 @pytest.mark.gpu
 @torch.inference_mode()
 @pytest.mark.parametrize("mode", ["reference", "independent"])
@@ -213,6 +261,98 @@ def test_one_direction(sam2: SAM2, runner: SliceRunner, directions: str) -> None
     got = propagate(runner, features, {4: points(1)}, **options, **OURS)
     assert_equal(got, want)
     assert (got[1] == NO_OBJECT).sum() == (4 if directions == "forward" else 5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize("mode", ["reference", "independent"])
+def test_objects_with_starts_of_their_own_equal_one_by_one(
+    sam2: SAM2, runner: SliceRunner, mode: str, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, features, asked = [5, 0, 11, 5, 2, 13], make_features(slices=14), points(6)
+    options: dict[str, Any] = {"mode": mode, "seg_embeddings": embeddings(6), "gate_by_object_score": False}
+    asked = asked.with_embeddings(options["seg_embeddings"])
+    rows: list[int] = []
+    segment = SliceRunner.segment
+    monkeypatch.setattr(SliceRunner, "segment", lambda self, *a: rows.append(a[1].rows) or segment(self, *a))
+    runner.loops.clear()
+    logits, scores = propagate_each(runner, features, asked, starts=starts, static=static, chunk=3, **options, **OURS)
+    monkeypatch.undo()
+    for b, start in enumerate(starts):
+        own = options | {"seg_embeddings": options["seg_embeddings"][b : b + 1]}
+        want = plain_propagate(sam2, features, {start: asked[b]}, start=start, **own, **EXACT)
+        assert_equal((logits[:, b : b + 1], scores[:, b : b + 1]), want)
+    assert logits.std(1).amax() > 0.1 * logits.abs().amax(), "objects differ, so a mix-up would show"
+    ways = [(len(features) - 1 - start, start) for start in starts]
+    if not static:
+        assert sum(rows) == 6 * 13, "no row idles"
+        lots = [[max(way)] if mode == "independent" else [n for n in way if n] for way in ways]
+        # A CPU takes the rows of a step in groups of 16 here, so that a step is one call.
+        assert len(rows) == sum(map(max, zip_longest(*lots, fillvalue=0)))
+    else:
+        assert len(rows) <= 2 * 13
+        assert len(runner.loops) <= 4, "few shapes are recorded"
+
+
+def test_stretches_of_chains_that_end_one_after_another() -> None:
+    assert list(stretches([9, 5, 5, 1], static=False)) == [(4, 0, 1), (3, 1, 5), (1, 5, 9)]
+    assert list(stretches([9, 5, 5, 1], static=True)) == [(4, 0, 5), (1, 5, 9)]
+    assert list(stretches([3], static=True)) == [(1, 0, 3)]
+
+
+@torch.inference_mode()
+def test_a_cancelled_run_stops_at_the_next_slice(runner: SliceRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, cancel, done = make_features(slices=12), Event(), []
+    step = SliceRunner.step
+
+    def stepped(self: SliceRunner, *args: Any) -> Any:
+        done.append(1)
+        if len(done) == 3:
+            cancel.set()
+        return step(self, *args)
+
+    want = propagate(runner, features, {5: points(1)}, start=5, **OURS)
+    with monkeypatch.context() as patch:
+        patch.setattr(SliceRunner, "step", stepped)
+        with pytest.raises(Cancelled):
+            propagate(runner, features, {5: points(1)}, start=5, cancel=cancel, **OURS)
+    assert len(done) == 3
+    assert_equal(propagate(runner, features, {5: points(1)}, start=5, **OURS), want, tolerance=0)
+
+
+@torch.inference_mode()
+def test_objects_and_slices_that_do_not_fit_come_in_smaller_batches(
+    runner: SliceRunner, sam2: SAM2, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, asked = make_features(slices=6), embeddings(4)
+    segmenter = Segmenter(sam2, SegConfig())
+    want = segmenter.by_text(features, asked)
+    decode, step = SAM2.decode, SliceRunner.step
+
+    def scarce(self: SAM2, image: Tensor, high_res: Any, sparse: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(sparse) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, image, high_res, sparse, *args, **kwargs)
+
+    def scarcer(self: SliceRunner, shared: Any, memory: Any, *args: Any) -> Any:
+        if memory.rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, shared, memory, *args)
+
+    segmenter._pairs = segmenter._chunks.size = 64
+    monkeypatch.setattr(SAM2, "decode", scarce)
+    monkeypatch.setattr(SliceRunner, "step", scarcer)
+    with caplog.at_level(logging.WARNING):
+        found = segmenter.by_text(features, asked)
+    assert [one.start for one in found] == [one.start for one in want]
+    for mine, theirs in zip(found, want):
+        torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-3, atol=1e-3)
+    messages = [record.message for record in caplog.records]
+    assert messages[0] == "out of memory: decoding 3 slices at a time from here on"
+    assert "out of memory: 4 objects as batches of 2" in messages
+    monkeypatch.setattr(SAM2, "decode", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        segmenter.by_text(features, asked)
 
 
 @torch.inference_mode()
