@@ -7,6 +7,7 @@ that prompts SAM2. A backend is anything that can do these things.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from threading import Event
 from typing import Any
 
@@ -47,9 +48,14 @@ class LanguageBackend(ABC):
 
     A prefix is the backend's own object; the engine only keeps it and hands it back. Backends never change a prefix,
     so several questions may use one at the same time.
+
+    Attributes:
+        name: Of the backend.
+        batch: Most questions of one `generate_all`.
     """
 
     name: str
+    batch = 16
 
     @abstractmethod
     def prefix(self, visual: Tensor) -> Any:
@@ -81,6 +87,34 @@ class LanguageBackend(ABC):
         Yields:
             The answer's tokens, without the one that ends the turn.
         """
+
+    def generate_all(
+        self,
+        prefix: Any,
+        questions: Sequence[Sequence[int]],
+        *,
+        max_tokens: Sequence[int],
+        cancel: Event | None = None,
+    ) -> Iterator[list[Step | None]]:
+        """Greedy answers to several questions, decoded side by side; each is what `generate` gives.
+
+        Args:
+            prefix: Of `prefix`.
+            questions: As ``ids`` of `generate`; at most `batch`.
+            max_tokens: Length limit of each answer.
+            cancel: Ends all answers before the next token once set.
+
+        Yields:
+            The next token of each answer, None for one that has ended.
+        """
+        streams = [
+            self.generate(prefix, ids, max_tokens=limit, cancel=cancel) for ids, limit in zip(questions, max_tokens)
+        ]
+        try:
+            yield from map(list, zip_longest(*streams))
+        finally:
+            for stream in streams:
+                stream.close()
 
     @abstractmethod
     def forced(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from medvl_sam2.engine.language.base import Forced, LanguageBackend, Step
+from medvl_sam2.engine.language.rows import AnswerRows
 from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.prompts import ChatTokens
 
-_BATCH = 16
+# Of a recorded decoder: places of its cache come in steps of the first, up to the second; the last few are kept.
+_PLACES, _STATIC_LENGTH, _KEPT = 256, 2048, 3
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,26 @@ class Prefix:
 
 
 class TransformersBackend(LanguageBackend):
-    """Greedy decoding with a growing cache.
+    """Greedy decoding in caches that are written in place.
 
     Args:
         model: The LLM in evaluation mode; its LoRA is merged in place unless `merge` is False.
         chat: Token ids of conversations.
         convention: "input" or "predicting", see `SegConfig.convention`.
         merge: Fold the LoRA into the base weights: the same answers, fewer and smaller products per token.
+        static: Decode on the same addresses, as a CUDA graph; None does so on CUDA.
     """
 
     name = "transformers"
 
-    def __init__(self, model: LanguageModel, chat: ChatTokens, convention: str, *, merge: bool = True):
+    def __init__(
+        self, model: LanguageModel, chat: ChatTokens, convention: str, *, merge: bool = True, static: bool | None = None
+    ):
         self.model = model
         self.chat = chat
         self.convention = convention
+        self.static = static
+        self._kept: OrderedDict[tuple[int, int], AnswerRows] = OrderedDict()
         if merge:
             # The base model is rewritten inside `peft`, so `model.causal` is the merged one from here on.
             model.peft.merge_and_unload()
@@ -69,28 +77,56 @@ class TransformersBackend(LanguageBackend):
         self, prefix: Prefix, ids: Sequence[int], *, max_tokens: int = 512, cancel: Event | None = None
     ) -> Iterator[Step]:
         """See `LanguageBackend.generate`."""
-        cache = _fork(prefix.cache)
-        hidden = self._feed(cache, ids)
-        for left in reversed(range(max_tokens)):
-            if cancel is not None and cancel.is_set():
-                return
-            token = int(self.model.logits(hidden).argmax())
-            if token == self.chat.end_id:
-                return
-            seg = token == self.chat.seg_id
-            if not seg:
-                yield Step(token)
-            elif self.convention == "predicting":
-                yield Step(token, hidden)
-            if left or (seg and self.convention == "input"):
-                hidden = self._feed(cache, [token])
-            if seg and self.convention == "input":
-                yield Step(token, hidden)
+        for (step,) in self.generate_all(prefix, [ids], max_tokens=[max_tokens], cancel=cancel):
+            yield step
 
-    def _feed(self, cache: DynamicCache, ids: Sequence[int]) -> Tensor:
-        """Append tokens; the last position's hidden state (H,)."""
-        embeds = self.model.embed(torch.tensor([list(ids)], device=self._device))
-        return self.model.hidden(embeds, cache)[0, -1]
+    @torch.inference_mode()
+    def generate_all(
+        self,
+        prefix: Prefix,
+        questions: Sequence[Sequence[int]],
+        *,
+        max_tokens: Sequence[int],
+        cancel: Event | None = None,
+    ) -> Iterator[list[Step | None]]:
+        """See `LanguageBackend.generate_all`; one batch, whose rows go on until the last one ends."""
+        left = list(max_tokens)
+        length = prefix.length + max(map(len, questions)) + max(left)
+        rows = self._take_rows(prefix, len(left), length)
+        try:
+            rows.start([(x.keys, x.values) for x in prefix.cache.layers], questions, self.chat.end_id)
+            while any(left) and not (cancel is not None and cancel.is_set()):
+                said = rows.tokens.tolist()
+                left = [0 if token == self.chat.end_id else n for token, n in zip(said, left)]
+                segs = [i for i, token in enumerate(said) if left[i] and token == self.chat.seg_id]
+                # The state of [SEG] as the input is there once it has been fed.
+                if must_feed := bool(segs) and self.convention == "input":
+                    rows.feed()
+                states = {i: rows.hidden[i].clone() for i in segs}
+                if any(left):
+                    yield [Step(token, states.get(i)) if left[i] else None for i, token in enumerate(said)]
+                left = [max(0, n - 1) for n in left]
+                if any(left) and not must_feed:
+                    rows.feed()
+        finally:
+            self._give_rows(rows)
+
+    def _take_rows(self, prefix: Prefix, count: int, length: int) -> AnswerRows:
+        like, layers = prefix.cache.layers[0].keys, len(prefix.cache.layers)
+        static = self._device.type == "cuda" if self.static is None else self.static
+        if static and length <= _STATIC_LENGTH:
+            # Few shapes, so that their graphs are met again.
+            length = -(-length // _PLACES) * _PLACES
+            if kept := self._kept.pop((count, length), None):
+                return kept
+            return AnswerRows(self.model, like, layers, count, length, static=True)
+        return AnswerRows(self.model, like, layers, count, length, static=False)
+
+    def _give_rows(self, rows: AnswerRows) -> None:
+        if rows.static:
+            self._kept[rows.count, rows.length] = rows
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
 
     @torch.inference_mode()
     def forced(
@@ -102,8 +138,8 @@ class TransformersBackend(LanguageBackend):
     ) -> list[Forced]:
         """See `LanguageBackend.forced`; the questions run as batches, padded on the right."""
         results = []
-        for first in range(0, len(questions), _BATCH):
-            batch = questions[first : first + _BATCH]
+        for first in range(0, len(questions), self.batch):
+            batch = questions[first : first + self.batch]
             rows = [[*question, *answer] for question in batch]
             width = max(map(len, rows))
             ids = torch.tensor([row + [self.chat.end_id] * (width - len(row)) for row in rows], device=self._device)

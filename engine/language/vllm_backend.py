@@ -78,6 +78,7 @@ class VLLMBackend(LanguageBackend):
     """
 
     name = "vllm"
+    batch = 256
 
     def __init__(
         self,

@@ -164,6 +164,18 @@ def test_three_at_once(backend, oracle, chat, visual, convention):
         check_answer(steps, oracle, chat, rows, chat.question(question), convention)
 
 
+def test_questions_together_equal_full_forwards(backend, oracle, chat, visual, convention):
+    ids, limits = [chat.question(question) for question in QUESTIONS], [LENGTH, 4, LENGTH - 1]
+    rounds = list(backend.generate_all(backend.prefix(visual), ids, max_tokens=limits))
+    for steps, question, limit in zip(zip_longest(*rounds), ids, limits):
+        check_answer([step for step in steps if step], oracle, chat, visual, question, convention, limit)
+    cancel = Event()
+    stream = backend.generate_all(backend.prefix(visual), ids, max_tokens=[50] * 3, cancel=cancel)
+    next(stream)
+    cancel.set()
+    assert not any(step for steps in stream for step in steps)
+
+
 def test_forced_states_and_margins_equal_full_forwards(backend, oracle, chat, visual, convention):
     names = ("liver", "left kidney", "pleural effusion")
     questions = [chat.question(f"Segment the {name}.") for name in names]

@@ -153,6 +153,46 @@ def test_interleaved_streams_do_not_mix(model, visual):
     assert mixed == alone
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    model = MedVLSAM2.from_pretrained("tiny")
+    torch.manual_seed(5)
+    visual = torch.randn(model.config.projector.tokens, model.config.language.hidden_size) * 0.3
+    return backend_of(model), visual
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_questions_together_equal_each_alone(tiny, static, monkeypatch):
+    """With trained weights, whose answers end at places of their own; `static` is what a GPU records, without one."""
+    backend, visual = tiny
+    chat = backend.chat
+    texts = (
+        "Segment the liver.",
+        "Is there a pleural effusion?",
+        "Write a report of this CT scan.",
+        "Which phase is it? Choices: A. arterial B. portal venous C. non-contrast",
+    )
+    ids, limits = [chat.question(text) for text in texts], [20, 24, 24, 5]
+    assert len({len(question) for question in ids}) > 2
+    prefix = backend.prefix(visual)
+    before = [layer.keys.clone() for layer in prefix.cache.layers]
+    alone = [list(backend.generate(prefix, q, max_tokens=n)) for q, n in zip(ids, limits)]
+    monkeypatch.setattr(backend, "static", static)
+    for _ in range(1 + static):
+        rounds = list(backend.generate_all(prefix, ids, max_tokens=limits))
+        together = [[step for step in steps if step] for steps in zip(*rounds)]
+        assert [[s.token for s in steps] for steps in together] == [[s.token for s in steps] for steps in alone]
+        for mine, theirs in zip(together, alone):
+            for step, other in zip(mine, theirs):
+                assert (step.hidden is None) == (other.hidden is None)
+                if step.hidden is not None:
+                    torch.testing.assert_close(step.hidden, other.hidden, rtol=1e-3, atol=1e-3)
+    assert len({len(steps) for steps in alone}) > 1, "answers end at places of their own"
+    assert any(step.hidden is not None for steps in alone for step in steps), "one of them has a [SEG]"
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prefix.cache.layers, before))
+    assert len(backend._kept) == static, "buffers of a shape are used again"
+
+
 def test_length_limit_and_cancel(model, visual):
     backend = backend_of(model)
     prefix, ids = backend.prefix(visual), model.chat.question(QUESTION)
