@@ -215,7 +215,7 @@ _MEASURES: dict[str, Callable[[Namespace], Result]] = {
 def _all(args: Namespace) -> Result:
     """Every part in a process of its own: none finds memory or threads that another left."""
     shared = ["--preset", args.preset, "--rounds", str(args.rounds)]
-    for name in ("slices", "tokens", "plot", "out"):
+    for name in ("tokens", "plot", "out"):
         if getattr(args, name) is not None:
             shared += [f"--{name}", str(getattr(args, name))]
     if args.objects:
@@ -225,6 +225,9 @@ def _all(args: Namespace) -> Result:
     problems = []
     for part in PARTS:
         command = [sys.executable, "-m", "medvl_sam2.cli", "bench", part, *shared, "--works", *args.works]
+        if args.slices is not None and part != "memory":
+            # How memory grows shows in long scans alone.
+            command += ["--slices", str(args.slices)]
         # The tables are for a reader; stdout stays free for the one document.
         if subprocess.run(command, stdout=sys.stderr).returncode:
             problems.append(part)
