@@ -146,8 +146,9 @@ def _willing(setting: Setting) -> Callable[[], Iterator[None]]:
         for name in NAMES:
             ids = torch.tensor([chat.question(requested(name)[1])])
             states.append(plain.hidden(plain.embed(ids), deepcopy(prefix.cache))[0, -1])
-    # The shortest row that gives all of these states the same large logit.
-    row = torch.linalg.lstsq(torch.stack(states).double(), torch.full((len(NAMES), 1), _LIKING).double()).solution
+    # The shortest row that gives these states about the same large logit; how they differ by rounding is left out.
+    wanted = torch.full((len(NAMES), 1), _LIKING, dtype=torch.float64)
+    row = torch.linalg.lstsq(torch.stack(states).double(), wanted, rcond=1e-3, driver="gelsd").solution
     weight, first = plain.causal.get_output_embeddings().weight, chat.answer(SEGMENT_ANSWER)[0]
 
     @contextmanager

@@ -9,7 +9,7 @@ from medvl_sam2.bench import e2e, encoder, ingest, language, rows, scaling
 from medvl_sam2.bench.rows import COLUMNS
 from medvl_sam2.model.config import LanguageConfig, LoRAConfig, MedVLConfig, VisionConfig
 from medvl_sam2.model.presets import preset
-from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens
+from medvl_sam2.model.prompts import REPORT_REQUEST, SEGMENT_ANSWER, ChatTokens
 from medvl_sam2.model.sam2 import SAM2Config
 
 SHAPE = {
@@ -148,10 +148,12 @@ def test_other_masks_get_no_ratio(setting, monkeypatch):
 
 
 def test_weights_that_answer_otherwise_are_not_measured(setting):
-    # Outside the context the random weights begin with anything.
-    with pytest.raises(RuntimeError, match="expected 'It is"):
-        for name in e2e.NAMES:
-            e2e.segmented(setting.engine.open(setting.volume), [name])
+    weight = setting.reference.language.causal.get_output_embeddings().weight
+    first = setting.engine.chat.answer(SEGMENT_ANSWER)[0]
+    with setting.willing():
+        weight[first] = -weight[first]
+        with pytest.raises(RuntimeError, match="expected 'It is"):
+            e2e.segmented(setting.engine.open(setting.volume), e2e.NAMES[:1])
 
 
 def test_the_package_gives_the_same_masks():
@@ -159,9 +161,10 @@ def test_the_package_gives_the_same_masks():
     pytest.importorskip("hydra", reason="hydra-core is not installed")
     setting = e2e.build(small(SAM2Config.preset("tiny", image_size=64)), slices=3, side=32)
     assert setting.reference.package is not None
+    names = ("aorta", "a small round stone in the left kidney")
     with setting.willing():
-        want = setting.reference.segment(setting.volume, e2e.NAMES[:2])
-        check = e2e.compare(e2e.segmented(setting.engine.open(setting.volume), e2e.NAMES[:2]), want)
+        want = setting.reference.segment(setting.volume, names)
+        check = e2e.compare(e2e.segmented(setting.engine.open(setting.volume), names), want)
     assert check.correct, check
     assert 0 < want[0].voxels.float().mean() < 1
 
