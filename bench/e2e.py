@@ -156,8 +156,9 @@ def _willing(setting: Setting) -> Callable[[], Iterator[None]]:
         with torch.no_grad():
             before = weight[first].clone()
             weight[first] = row[:, 0].float()
-        yield
-        with torch.no_grad():
+        try:
+            yield
+        finally:
             weight[first] = before
 
     return willing

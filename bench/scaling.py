@@ -4,6 +4,7 @@ Each axis is measured in turns and fitted twice: a line (slope per unit, and wha
 (the exponent, 1 for what grows in proportion).
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from medvl_sam2.engine.text import requested
 from medvl_sam2.model.processing import ScanArray
 from medvl_sam2.model.prompts import SEGMENT_ANSWER
 from medvl_sam2.model.sam2 import SAM2
+from medvl_sam2.model.sam2.config import PATCH_STRIDE
 
 AXES = ("slices", "objects", "resolution", "batch")
 
@@ -93,11 +95,12 @@ def _thin(setting: Setting, slices: int) -> Volume:
 
 
 def _resolutions(setting: Setting, slices: int) -> dict[int, Callable[[], object]]:
-    """Image features and one object on a few random images, at half, three quarters and all of the model's side."""
+    """Image features and one object on random images, at about half, three quarters and all of the model's side."""
     config, sam2 = setting.engine.config, setting.reference.model.sam2
     embedding = torch.randn(1, 1, config.sam2.d_model, generator=torch.Generator().manual_seed(4))
     sides: dict[int, Callable[[], object]] = {}
-    for size in (config.sam2.image_size * n // 4 for n in (2, 3, 4)):
+    step = math.lcm(32, PATCH_STRIDE * config.sam2.window_spec[0])
+    for size in sorted({max(step, step * round(config.sam2.image_size * n / 4 / step)) for n in (2, 3, 4)}):
         other = SAM2(replace(config.sam2, image_size=size)).eval().requires_grad_(False)
         other.load_state_dict(sam2.state_dict(), assign=True)
         segmenter = Segmenter(other, config.seg)

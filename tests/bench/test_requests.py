@@ -174,7 +174,7 @@ def test_every_axis_is_measured_and_fitted(setting):
     assert [fit["axis"] for fit in fits] == list(scaling.AXES)
     assert {(p["axis"], p["x"]) for p in points} == {
         *(("slices", n) for n in (1, 2, 4)),
-        *(("resolution", n) for n in (32, 48, 64)),
+        *(("resolution", n) for n in (32, 64)),
         *((axis, n) for axis in ("objects", "batch") for n in (1, 2)),
     }
     assert all((p["per_second"] is None) == (p["axis"] in ("slices", "resolution")) for p in points)
