@@ -103,19 +103,16 @@ def run_phase(
             for part in range(phase.accumulate):
                 number, batch = next(batches)
                 tokens, slices = workload(batch)
+                # The first batch stands for all; with several processes nothing may come between the collectives.
+                if not flops and world.size == 1:
+                    flops = _count_flops(called, batch, config.precision, world) * phase.accumulate
                 # Dropout and sampled losses draw from torch's generator: seeded by batch, a resumed run draws the same.
                 torch.manual_seed(config.seed * 1_000_003 + number)
-                with (
-                    synchronise(called, part + 1 == phase.accumulate),
-                    # The first batch stands for all; with several processes nothing may come between the collectives.
-                    _counted(not flops and world.size == 1) as counter,
-                ):
+                with synchronise(called, part + 1 == phase.accumulate):
                     with precision.autocast(config.precision, world.device):
                         values = called(to_device(batch, world.device))
                     _refuse_nan(name, step, number, batch, values["loss"], world, state.path)
                     state.scaler.scale(values["loss"] / phase.accumulate).backward()
-                if counter is not None:
-                    flops = float(counter.get_total_flops()) * phase.accumulate
                 log.add(values, tokens, slices)
             norm = _update(state, phase, f"{name}: gradient of step {step}", world)
             log.steps += 1
@@ -133,8 +130,18 @@ def run_phase(
     objective.eval()
 
 
-def _counted(wanted: bool) -> Any:
-    return FlopCounterMode(display=False) if wanted else contextlib.nullcontext()
+def _count_flops(called: nn.Module, batch: Any, number_format: str, world: World) -> float:
+    """FLOPs of a batch, forward and backward, in a pass of its own.
+
+    While they are counted, some operations are made of others and round differently: a run that goes on in the middle
+    of a phase would differ from one that never stopped in the last bits of its first step.
+    """
+    with FlopCounterMode(display=False) as counter:
+        with precision.autocast(number_format, world.device):
+            values = called(to_device(batch, world.device))
+        values["loss"].backward()
+    called.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops())
 
 
 def _update(state: PhaseState, phase: PhaseConfig, what: str, world: World) -> Tensor:
