@@ -14,7 +14,7 @@ from medvl_sam2.training.verdicts import HELD, OPEN, REVERSED, UNMEASURED, Compa
 _NAMES = {
     "mixer": "MLP-Mixer (the paper's)",
     "grouped_linear": "linear, 4 neighbours joined",
-    "pooled": "mean of 4 neighbours, then linear",
+    "pooled": "mean of 4 neighbours, then M3D-LaMed's MLP",
     "text": "[SEG] alone",
     "point": "[SEG] + point",
     "box": "[SEG] + box",
@@ -38,8 +38,8 @@ _TITLES = {
 }
 _CLAIMS = {
     "projector": "The Mixer keeps spatial relations that a linear projection to the same number of tokens loses, so "
-    "masks are better. Rivals: a linear layer on four neighbouring tokens joined, and on their mean. The claim rests "
-    "on the Dice of structures from 20 mL on; small structures and answers are told apart.",
+    "masks are better. Rivals: a linear layer on four neighbouring tokens joined, and an MLP on their mean. The claim "
+    "rests on the Dice of structures from 20 mL on; small structures and answers are told apart.",
     "prompts": "[SEG] alone lacks the place of small structures, and a point or box supplies it. Up to twelve objects "
     "of a phantom are asked for in all five ways, and only these count.",
     "stages": "Training in three stages ends better than training everything at once, at the same optimiser settings "

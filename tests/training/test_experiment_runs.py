@@ -1,5 +1,6 @@
 """Every experiment from the command line to its page, on a small random model and coarse phantoms."""
 
+import functools
 import json
 
 import pytest
@@ -15,9 +16,10 @@ BUDGET += [f"stage{n}.{setting}" for n in (1, 2, 3) for setting in ("steps=1", "
 
 @pytest.fixture
 def coarse(monkeypatch) -> None:
-    """Small scans, few questions and short answers: a random model never ends one."""
+    """One small scan, few questions and short answers: a random model never ends one."""
     native, ask, questions = Phantom.native, VolumeSession.ask, evaluate.make_questions
-    monkeypatch.setattr(Phantom, "native", lambda self: native(self, 64))
+    monkeypatch.setattr(Phantom, "native", lambda self: native(self, 32))
+    monkeypatch.setattr(evaluate, "phantom_case", functools.cache(evaluate.phantom_case))
     monkeypatch.setattr(VolumeSession, "ask", lambda *a, **k: ask(*a, **{**k, "max_tokens": 4}))
     monkeypatch.setattr(evaluate, "make_questions", lambda *a: questions(*a)[:3])
     monkeypatch.setattr(text_metrics.shutil, "which", lambda _: None)
