@@ -55,6 +55,11 @@ def _measured(gpu: str) -> dict[str, dict[str, Tile]]:
     return merged
 
 
+def operand_width(dtype: torch.dtype) -> str:
+    """Part of a shape class: what fits shared memory and registers with 16-bit operands may not with wider ones."""
+    return f"{8 * dtype.itemsize}bit"
+
+
 def tile(kernel: str, default: Tile, device: torch.device | None = None, key: str = "default") -> Tile:
     """Choose the tile of a launch: forced, else measured on this GPU model, else the heuristic `default`.
 
@@ -62,7 +67,7 @@ def tile(kernel: str, default: Tile, device: torch.device | None = None, key: st
         kernel: Kernel name, usually the operation's.
         default: Constexpr sizes, ``num_warps`` and ``num_stages`` as the kernel file's heuristic has them.
         device: Device of the launch; only CUDA devices have measured settings.
-        key: Shape class inside the kernel (for instance ``"M2048-K1024-N768"``); falls back to ``"default"``.
+        key: Shape class inside the kernel (for instance ``"M2048-K1024-N768-16bit"``); falls back to ``"default"``.
     """
     if _asked is not None:
         _asked.setdefault(kernel, {})[key] = default

@@ -26,7 +26,7 @@ from medvl_sam2.kernels._common import (
     triton,
 )
 from medvl_sam2.kernels._library import define_op
-from medvl_sam2.kernels._tuning import tile
+from medvl_sam2.kernels._tuning import operand_width, tile
 from medvl_sam2.kernels.linear import linear
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -174,7 +174,8 @@ def _launch_rope_linear(
         return out
     x, weight = x.contiguous(), weight.contiguous()
     rows = batch * tokens
-    config = tile("rope_linear", _default_tile(rows, channels, half, x.dtype), x.device, f"C{channels}-D{dim}")
+    key = f"C{channels}-D{dim}-{operand_width(x.dtype)}"
+    config = tile("rope_linear", _default_tile(rows, channels, half, x.dtype), x.device, key)
     grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(half, config["BLOCK_H"]))
     with device_guard(x):
         _rope_linear_kernel[grid](
@@ -256,17 +257,18 @@ def rope_linear(
     check_dtype(op, "x", x, FLOATS)
     check_shape(op, "weight", weight, (None, x.shape[-1]))
     check_dtype(op, "weight", weight, (x.dtype,))
-    dim, period = weight.shape[0], cos.shape[0]
+    dim, period = weight.shape[0], len(cos)
     if dim % 2:
         raise ValueError(f"{op}: expected an even number of output channels, got {dim}")
     if bias is not None:
         check_shape(op, "bias", bias, (dim,))
         check_dtype(op, "bias", bias, (x.dtype,))
-    check_shape(op, "cosines", cos, (None, dim // 2))
-    check_shape(op, "sines", sin, (period, dim // 2))
+    for what, table in (("cosines", cos), ("sines", sin)):
+        check_shape(op, what, table, (period, dim // 2))
+        check_dtype(op, what, table, (torch.float32, torch.float64))
     check_same_device(op, x, weight, bias, cos, sin)
     turned = x.shape[1] - num_plain_tokens
-    if num_plain_tokens < 0 or turned < 0 or turned % period:
+    if num_plain_tokens < 0 or turned < 0 or period < 1 or turned % period:
         raise ValueError(
             f"{op}: expected a multiple of {period} tokens before {num_plain_tokens} plain ones, got {x.shape[1]} in "
             "all; make the tables for the grid of x"

@@ -27,7 +27,7 @@ from medvl_sam2.kernels._common import (
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import tile
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CHANNELS = (4, 16)
 
 
@@ -40,26 +40,28 @@ def mask_encoder_front_reference(
     binarize: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Compute the chain as SAM2's modules read, in float32 (float64 for float64); the oracle."""
+    """Compute the chain as SAM2's modules read, in float32 (float64 for float64); the oracle, and differentiable."""
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     conv1, bias1, norm1, offset1, conv2, bias2, norm2, offset2 = (tensor.to(wide) for tensor in weights)
     x = F.interpolate(logits.to(wide), size=size, mode="bilinear", align_corners=False)
     x = ((x > 0).to(wide) if binarize else x.sigmoid()) * scale + shift
     for conv, bias, norm, offset in ((conv1, bias1, norm1, offset1), (conv2, bias2, norm2, offset2)):
         x = F.conv2d(x, conv, bias, stride=2, padding=1)
-        centred = x - x.mean(1, keepdim=True)
-        x = centred / (centred.square().mean(1, keepdim=True) + eps).sqrt()
-        x = F.gelu(x * norm[:, None, None] + offset[:, None, None])
+        x = F.gelu(F.layer_norm(x.movedim(1, -1), norm.shape, norm, offset, eps)).movedim(-1, 1)
     return x.to(weights[0].dtype)
 
 
-def _probability(logits: Tensor, size: list[int], binarize: bool) -> Tensor:
-    """Upsample and squash into a new float32 map."""
-    x = logits.float()
+def _wide(weights: list[Tensor]) -> torch.dtype:
+    return torch.promote_types(weights[0].dtype, torch.float32)
+
+
+def _probability(logits: Tensor, size: list[int], binarize: bool, wide: torch.dtype) -> Tensor:
+    """Upsample and squash into a new map of float32 or float64."""
+    x = logits.to(wide)
     if list(x.shape[-2:]) == list(size):
-        return (x > 0).float() if binarize else x.sigmoid()
+        return (x > 0).to(wide) if binarize else x.sigmoid()
     x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-    return (x > 0).float() if binarize else x.sigmoid_()
+    return (x > 0).to(wide) if binarize else x.sigmoid_()
 
 
 def _normed(x: Tensor, conv: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,8 @@ def _normed(x: Tensor, conv: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, 
 
     The mean over channels is linear in the weights, so it is taken out of them rather than out of the map.
     """
-    conv, bias = conv.float(), bias.float()
+    wide = _wide([conv])
+    conv, bias = conv.to(wide), bias.to(wide)
     conv, bias = (conv - conv.mean(0)).to(x.dtype), (bias - bias.mean()).to(x.dtype)
     if x.shape[1] == 1:
         # A single channel lies the same way in both layouts, and channels last is four times faster on a CPU.
@@ -80,11 +83,11 @@ def _normed(x: Tensor, conv: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, 
 def _forward(
     logits: Tensor, weights: list[Tensor], size: list[int], scale: float, shift: float, binarize: bool, eps: float
 ) -> Tensor:
-    x = _probability(logits, size, binarize).mul_(scale).add_(shift).to(weights[0].dtype)
+    x = _probability(logits, size, binarize, _wide(weights)).mul_(scale).add_(shift).to(weights[0].dtype)
     for conv, bias, norm, offset in (weights[:4], weights[4:]):
         x, _ = _normed(x, conv, bias, eps)
         x = torch.ops.aten.gelu_(x.mul_(norm[:, None, None]).add_(offset[:, None, None]))
-    return x
+    return _fake_forward(logits, weights, size, scale, shift, binarize, eps).copy_(x)
 
 
 def _backward(
@@ -97,7 +100,7 @@ def _backward(
     binarize: bool,
     eps: float,
 ) -> list[Tensor]:
-    p = _probability(logits, size, binarize)
+    p = _probability(logits, size, binarize, _wide(weights))
     inputs, kept = [(p * scale).add_(shift).to(weights[0].dtype)], []
     for conv, bias, norm, offset in (weights[:4], weights[4:]):
         normed, rstd = _normed(inputs[-1], conv, bias, eps)
@@ -117,7 +120,7 @@ def _backward(
         found = [dconv, dbias, (dpre * normed).sum((0, 2, 3)), dpre.sum((0, 2, 3)), *found]
     if binarize:
         return [torch.zeros_like(logits), *found]
-    grad = grad.float().mul_(scale).mul_(p * (1 - p))
+    grad = grad.to(p.dtype).mul_(scale).mul_(p * (1 - p))
     if list(logits.shape[-2:]) != list(size):
         grad = torch.ops.aten.upsample_bilinear2d_backward(grad, size, logits.shape, False)
     return [grad.to(logits.dtype).contiguous(), *found]
@@ -228,7 +231,7 @@ def _mask_encoding_fwd_kernel(
     offset = tl.load(offset2_ptr + channel).to(tl.float32)
     total = _gelu(total * rstd[:, None] * norm[None, :] + offset[None, :])
     plane = tl.cast(H2, tl.int64) * W2
-    at = out_ptr + (image * 16 + channel[None, :]) * plane + pixel[:, None]
+    at = out_ptr + (image * plane + pixel[:, None]) * 16 + channel[None, :]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=(pixel < H2 * W2)[:, None])
 
 
@@ -269,7 +272,9 @@ def _launch_forward(
 def _fake_forward(
     logits: Tensor, weights: list[Tensor], size: list[int], scale: float, shift: float, binarize: bool, eps: float
 ) -> Tensor:
-    return weights[0].new_empty(logits.shape[0], CHANNELS[1], *(_halved(_halved(n)) for n in size))
+    # Channels last, as the next convolution likes it on every device; the kernel then stores whole lines.
+    shape = (logits.shape[0], CHANNELS[1], *(_halved(_halved(n)) for n in size))
+    return torch.empty(shape, dtype=weights[0].dtype, device=logits.device, memory_format=torch.channels_last)
 
 
 def _fake_backward(
@@ -327,7 +332,7 @@ def mask_encoder_front(
     on what is returned. Differentiable in the logits (not with `binarize`, as there) and in the weights.
 
     Args:
-        logits: (B, 1, h, w) of any of float32, float16 and bfloat16; of `size` already, they are not resampled.
+        logits: (B, 1, h, w) of any float dtype; of `size` already, they are not resampled.
         size: (H, W) of the image that SAM2 encodes.
         conv1: (4, 1, 3, 3), with `bias1` (4,); followed by LayerNorm2d with `norm1` (4,) and `offset1` (4,).
         bias1: (4,).
@@ -343,7 +348,7 @@ def mask_encoder_front(
         eps: Of both LayerNorms.
 
     Returns:
-        (B, 16, ceil(H/4), ceil(W/4)) in the dtype of the weights.
+        (B, 16, ceil(H/4), ceil(W/4)) in the dtype of the weights, channels last in memory.
 
     Raises:
         ValueError: On shapes, dtypes or devices that do not fit.
@@ -361,6 +366,11 @@ def mask_encoder_front(
     check_same_device(name, logits, *weights)
     if len(size) != 2 or min(*size, *logits.shape[2:]) < 1:
         raise ValueError(f"{name}: expected a size (H, W) and logits above 0, got {size} and {tuple(logits.shape)}")
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (logits, *weights))
+    if trains and logits.device.type == "cpu" and weights[0].dtype == _wide(weights):
+        # On a CPU it takes longer to make the maps again for the backward than to keep them.
+        options = {"scale": scale, "shift": shift, "binarize": binarize, "eps": eps}
+        return mask_encoder_front_reference(logits, size, *weights, **options)
     weights = [tensor.contiguous() for tensor in weights]
     return _fwd(logits.contiguous(), weights, list(size), float(scale), float(shift), binarize, eps)
 

@@ -26,7 +26,7 @@ from medvl_sam2.kernels._common import (
     triton,
 )
 from medvl_sam2.kernels._library import define_op
-from medvl_sam2.kernels._tuning import Tile, tile
+from medvl_sam2.kernels._tuning import Tile, operand_width, tile
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -249,9 +249,9 @@ def _matmul(
     if out is None:
         out = a.new_empty((1, m, n) if reduce else (batches, m, n))
     mean, rstd, scale, shift = stats or (out,) * 4
-    settings = dict(
-        tile("mixer", _heuristic(a.dtype, m, n, out.shape[0], epilogue), a.device, f"M{m}-N{n}-K{k}-{norm}")
-    )
+    # The same product occurs forward and backward, with epilogues of unlike appetite for registers.
+    key = f"M{m}-N{n}-K{k}-{norm}-{epilogue}-{operand_width(a.dtype)}"
+    settings = tile("mixer", _heuristic(a.dtype, m, n, out.shape[0], epilogue), a.device, key)
     grid = (triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"]), out.shape[0])
     _mixer_matmul_kernel[grid](
         a,

@@ -27,7 +27,7 @@ from medvl_sam2.kernels._common import (
     triton,
 )
 from medvl_sam2.kernels._library import define_op
-from medvl_sam2.kernels._tuning import tile
+from medvl_sam2.kernels._tuning import operand_width, tile
 
 VOXELS = (
     torch.int16,
@@ -218,7 +218,8 @@ def _launch_patch_embed3d(
     default = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     if weight.dtype == torch.float32:
         default |= {"BLOCK_N": 64, "BLOCK_K": 32}
-    config = tile("patch_embed3d", default, volume.device, f"M{tokens}-K{weight.shape[1]}-N{width_n}")
+    key = f"M{tokens}-K{weight.shape[1]}-N{width_n}-{operand_width(weight.dtype)}"
+    config = tile("patch_embed3d", default, volume.device, key)
     weight = weight.contiguous()
     programs = triton.cdiv(tokens, config["BLOCK_M"]) * triton.cdiv(width_n, config["BLOCK_N"])
     with device_guard(volume):
@@ -257,7 +258,8 @@ def _launch_patch_embed3d_backward(
     default = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     if grad.dtype == torch.float32:
         default |= {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 8}
-    config = tile("patch_embed3d_bwd", default, volume.device, f"M{tokens}-K{k}-N{width_n}")
+    key = f"M{tokens}-K{k}-N{width_n}-{operand_width(grad.dtype)}"
+    config = tile("patch_embed3d_bwd", default, volume.device, key)
     programs = triton.cdiv(width_n, config["BLOCK_N"]) * triton.cdiv(k, config["BLOCK_K"])
     processors = torch.cuda.get_device_properties(grad.device).multi_processor_count if grad.is_cuda else 2
     # Shares of the tokens are summed afterwards, not by atomics: the result does not depend on who comes first.
@@ -375,6 +377,8 @@ def patch_embed3d(
     check_shape(op, "volume", volume, (None, None, None, None))
     check_dtype(op, "volume", volume, VOXELS)
     check_dtype(op, "weight", weight, FLOATS)
+    if volume.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: expected volume without a gradient, as voxels have none here; pass volume.detach()")
     patch = [int(p) for p in patch]
     if len(patch) != 3 or min(patch) < 1 or any(n % p for n, p in zip(volume.shape[1:], patch)):
         shape = tuple(volume.shape[1:])

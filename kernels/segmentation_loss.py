@@ -191,7 +191,10 @@ def _settings(logits: torch.Tensor) -> tuple[int, dict[str, int]]:
     n, p = logits.shape
     # Few large objects still have to fill the chip: about 512 programs, of at most 16 steps.
     steps = min(16, max(1, triton.next_power_of_2(triton.cdiv(n * p, 1024 * 512))))
-    settings = tile("segmentation_loss", {"BLOCK": 1024, "STEPS": steps, "num_warps": 4}, logits.device)
+    # CUDA takes 65,535 programs along a grid's second axis.
+    steps = max(steps, triton.next_power_of_2(triton.cdiv(p, 1024 * 65_535)))
+    default = {"BLOCK": 1024, "STEPS": steps, "num_warps": 4}
+    settings = tile("segmentation_loss", default, logits.device, f"STEPS{steps}")
     return triton.cdiv(p, settings["BLOCK"] * settings["STEPS"]), settings
 
 

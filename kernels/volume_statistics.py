@@ -7,6 +7,7 @@ the cumulative histogram and interpolated as `numpy.percentile` does. None of th
 on to `ingest_volume` as tensors.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -163,8 +164,13 @@ def volume_minmax(voxels: Tensor, slope: float = 1.0, intercept: float = 0.0) ->
 
     Returns:
         (2,) float32 on the device of `voxels`: min and max of ``voxel * slope + intercept``.
+
+    Raises:
+        ValueError: Wrong rank or an empty scan.
     """
     check_shape("volume_minmax", "voxels", voxels, (None, None, None))
+    if not voxels.numel():
+        raise ValueError(f"volume_minmax: expected voxels with at least one element, got {tuple(voxels.shape)}")
     # One pass in the stored dtype at memory speed already, on either device.
     ends = torch.stack(torch.aminmax(voxels.int() if voxels.dtype == torch.uint16 else voxels)).float()
     ends = ends * slope + intercept
@@ -236,11 +242,13 @@ def foreground_box(voxels: Tensor, threshold: float | Tensor, slope: float = 1.0
         above. Goes into `ingest_volume` as it is.
 
     Raises:
-        ValueError: Wrong rank or an empty scan.
+        ValueError: Wrong rank, an empty scan, or a slope of 0.
     """
     check_shape("foreground_box", "voxels", voxels, (None, None, None))
     if not voxels.numel():
         raise ValueError(f"foreground_box: expected voxels with at least one element, got {tuple(voxels.shape)}")
+    if slope == 0 or not math.isfinite(slope):
+        raise ValueError(f"foreground_box: expected a finite slope other than 0, got {slope}; an absent slope is 1")
     if not isinstance(threshold, Tensor):
         threshold = torch.full((1,), float(threshold), device=voxels.device)
     return _foreground_box(voxels, threshold.to(voxels.device, torch.float32), float(slope), float(intercept))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from medvl_sam2.kernels._common import check_dtype, check_same_device, check_shape, device_guard, triton
 from medvl_sam2.kernels._library import define_op
-from medvl_sam2.kernels._tuning import tile
+from medvl_sam2.kernels._tuning import operand_width, tile
 from medvl_sam2.kernels.attention import attention
 from medvl_sam2.kernels.linear import linear
 from medvl_sam2.kernels.window_attention_kernels import (
@@ -59,7 +59,7 @@ def _launch_windows(
     if out.numel() == 0:
         return out, (lse if need_lse else lse.new_empty(0))
     d1, d2 = column_blocks(dim)
-    key = f"D{dim}-W{window_size}-{'pool' if pool else 'same'}"
+    key = f"D{dim}-W{window_size}-{'pool' if pool else 'same'}-{operand_width(qkv.dtype)}"
     config = tile("window_attention", window_tile(window_size, pool, qkv.dtype), qkv.device, key)
     windows = b * triton.cdiv(h, window_size) * triton.cdiv(w, window_size)
     grid = (windows, num_heads, triton.cdiv((window_size // step) ** 2, config["BLOCK_M"]))
@@ -105,7 +105,7 @@ def _launch_windows_backward(
         return dqkv, qkv.new_zeros(channels)
     delta = (grad.float() * out.float()).unflatten(-1, (num_heads, dim)).sum(-1)
     d1, d2 = column_blocks(dim)
-    key = f"D{dim}-W{window_size}-{'pool' if pool else 'same'}"
+    key = f"D{dim}-W{window_size}-{'pool' if pool else 'same'}-{operand_width(qkv.dtype)}"
     sizes = (window_size, pool, qkv.dtype)
     query_config = tile("window_attention_dq", query_gradient_tile(*sizes), qkv.device, key)
     key_config = tile("window_attention_dk", key_gradient_tile(*sizes), qkv.device, key)

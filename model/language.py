@@ -1,14 +1,52 @@
 """The LLM: a transformers causal model with PEFT LoRA, plus the trainable rows of [SEG]."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
+from medvl_sam2.kernels.lora_linear import FLOATS, lora_linear
 from medvl_sam2.model.config import LanguageConfig, LoRAConfig
+
+
+class LoRALinear(peft_lora.Linear):
+    """PEFT's linear layer with LoRA, whose plain case is one operation on CUDA: one adapter, unmerged, no dropout.
+
+    PEFT's own forward takes the rest, and every case on a CPU, where its products need no company.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map (..., in) to (..., out), as PEFT's."""
+        if x.is_cuda and not args and not kwargs and self.is_plain(x):
+            return self.fused(x)
+        return super().forward(x, *args, **kwargs)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether `fused` computes what the layer is asked for."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        if self.disable_adapters or self.merged or name not in self.lora_A or name in self.lora_variant:
+            return False
+        base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
+        kinds = {tensor.dtype for tensor in (x, base.weight, down.weight, up.weight)}
+        return (
+            type(base) is nn.Linear
+            and not self.fan_in_fan_out
+            and up.bias is None
+            and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
+            and kinds <= set(FLOATS)
+            and (len(kinds) == 1 or torch.is_autocast_enabled(x.device.type))
+        )
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The layer with its active adapter, by `lora_linear`."""
+        name, base = self.active_adapters[0], self.base_layer
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[name])
 
 
 class LanguageModel(nn.Module):
@@ -75,8 +113,19 @@ class LanguageModel(nn.Module):
             head[self.seg_token_id] = self.seg_output.to(head.dtype)
 
 
+def adapter_config(directory: Path) -> LoraConfig:
+    """Configuration of a saved adapter, for layers of our kind: PEFT does not save which kind they are."""
+    return _with_own_layers(LoraConfig.from_pretrained(str(directory)))
+
+
+def _with_own_layers(config: LoraConfig) -> LoraConfig:
+    # PEFT's documented hook for layers of one's own.
+    config._register_custom_module({nn.Linear: LoRALinear})
+    return config
+
+
 def _peft_config(lora: LoRAConfig) -> LoraConfig:
-    return LoraConfig(
+    config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -84,3 +133,4 @@ def _peft_config(lora: LoRAConfig) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    return _with_own_layers(config)

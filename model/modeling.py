@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from medvl_sam2.model.checkpoint import load_strict, read_state
 from medvl_sam2.model.config import MedVLConfig
-from medvl_sam2.model.language import LanguageModel
+from medvl_sam2.model.language import LanguageModel, adapter_config
 from medvl_sam2.model.presets import PRESETS, preset
 from medvl_sam2.model.projector import build_projector
 from medvl_sam2.model.prompts import ChatTokens
@@ -170,7 +170,11 @@ class MedVLSAM2(nn.Module):
         language = LanguageModel(config.language, config.lora, _load_base(directory / _BASE))
         if (directory / _ADAPTER).is_dir():
             language.peft = PeftModel.from_pretrained(
-                language.peft.unload(), directory / _ADAPTER, is_trainable=True, autocast_adapter_dtype=False
+                language.peft.unload(),
+                directory / _ADAPTER,
+                is_trainable=True,
+                config=adapter_config(directory / _ADAPTER),
+                autocast_adapter_dtype=False,
             )
         model = cls(config, AutoTokenizer.from_pretrained(directory), language)
         load_strict(model, read_state(directory / _PARTS), str(directory / _PARTS), skip=_LLM_KEYS)

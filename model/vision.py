@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medvl_sam2.kernels.attention import attention
+from medvl_sam2.kernels.layer_norm import LayerNorm
 from medvl_sam2.kernels.patch_embed3d import patch_embed3d
 from medvl_sam2.model.config import VisionConfig, VolumeConfig
 
@@ -66,15 +67,16 @@ class Block(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.norm1 = LayerNorm(config.hidden_size)
         self.attn = SelfAttention(config.hidden_size, config.heads)
-        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.norm2 = LayerNorm(config.hidden_size)
         self.mlp = MLP(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Two (B, N, C), whose sum flows on; None adds nothing. The next block forms the sum with its norm."""
+        y, x = self.norm1.add(x, branch)
+        y, x = self.norm2.add(x, self.attn(y))
+        return x, self.mlp(y)
 
 
 class VisionEncoder(nn.Module):
@@ -91,7 +93,7 @@ class VisionEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embedding = PatchEmbedding(volume, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size)
 
     def forward(self, volume: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Encode volumes.
@@ -116,6 +118,7 @@ class VisionEncoder(nn.Module):
         x = self.patch_embedding(volume, tokens)
         # The class token has no position, as in MONAI.
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        branch = None
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)[:, 1:]
+            x, branch = block(x, branch)
+        return self.norm.add(x, branch)[0][:, 1:]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.layer_norm import LayerNorm
 from medvl_sam2.kernels.linear import Linear
 from medvl_sam2.kernels.window_attention import projected_window_attention
 from medvl_sam2.model.sam2.config import SAM2Config
@@ -40,22 +41,24 @@ class MultiScaleBlock(nn.Module):
     def __init__(self, dim: int, dim_out: int, num_heads: int, window: int, pool: bool) -> None:
         super().__init__()
         self.pool = pool
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = MultiScaleAttention(dim, dim_out, num_heads, window, pool)
-        self.norm2 = nn.LayerNorm(dim_out, eps=1e-6)
+        self.norm2 = LayerNorm(dim_out, eps=1e-6)
         self.mlp = MLP(dim_out, 4 * dim_out, dim_out, num_layers=2, gelu=True)
         if dim != dim_out:
             self.proj = Linear(dim, dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, dim) to (B, H', W', dim_out)."""
-        shortcut, x = x, self.norm1(x)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map (B, H, W, dim) to (B, H', W', dim_out).
+
+        The result is the sum of two maps, which the next block forms with its norm; ``branch`` is what it adds to x.
+        """
+        y, x = self.norm1.add(x, branch)
         if hasattr(self, "proj"):
-            shortcut = self.proj(x)
-            shortcut = pool2x2(shortcut) if self.pool else shortcut
-        x = self.attn(x)
-        x = shortcut + x
-        return x + self.mlp(self.norm2(x))
+            x = self.proj(y)
+            x = pool2x2(x) if self.pool else x
+        y, x = self.norm2.add(x, self.attn(y))
+        return x, self.mlp(y)
 
 
 class PatchEmbed(nn.Module):
@@ -107,9 +110,10 @@ class Hiera(nn.Module):
         """Encode (B, 3, H, W) into four maps (B, C_i, H_i, W_i), finest first, channels-last in memory."""
         x = self.patch_embed(images)
         x = x + self.position_embedding(x.shape[1], x.shape[2])
-        outputs = []
+        outputs, branch = [], None
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x, branch = block(x, branch)
             if index in self.stage_ends:
+                x, branch = x + branch, None
                 outputs.append(x.permute(0, 3, 1, 2))
         return outputs

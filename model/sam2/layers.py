@@ -3,11 +3,11 @@
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvl_sam2.kernels.attention import attention
 from medvl_sam2.kernels.axial_rope import axial_rope_tables
+from medvl_sam2.kernels.layer_norm import layer_norm_2d
 from medvl_sam2.kernels.linear import Linear
 
 
@@ -44,8 +44,7 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each pixel's channels."""
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return layer_norm_2d(x, self.weight, self.bias, self.eps, channels_last=True)
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medvl_sam2.kernels.layer_norm import LayerNorm
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.layers import MLP, Attention, LayerNorm2d
 
@@ -17,27 +18,26 @@ class TwoWayBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, first: bool) -> None:
         super().__init__()
         self.self_attn = Attention(dim, num_heads)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.cross_attn_token_to_image = Attention(dim, num_heads, downsample=2)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim, dim, num_layers=2)
-        self.norm3 = nn.LayerNorm(dim)
-        self.norm4 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
+        self.norm4 = LayerNorm(dim)
         self.cross_attn_image_to_token = Attention(dim, num_heads, downsample=2)
         self.first = first
 
     def forward(self, tokens: Tensor, image: Tensor, token_pos: Tensor, image_pos: Tensor) -> tuple[Tensor, Tensor]:
         """Update tokens (B, T, d) and image (B, h*w, d)."""
         if self.first:
-            tokens = self.self_attn(tokens, tokens, tokens)
+            tokens = self.norm1(self.self_attn(tokens, tokens, tokens))
         else:
             q = tokens + token_pos
-            tokens = tokens + self.self_attn(q, q, tokens)
-        tokens = self.norm1(tokens)
+            tokens, _ = self.norm1.add(tokens, self.self_attn(q, q, tokens))
         image_key = image + image_pos
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pos, image_key, image))
-        tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.cross_attn_image_to_token(image_key, tokens + token_pos, tokens))
+        tokens, _ = self.norm2.add(tokens, self.cross_attn_token_to_image(tokens + token_pos, image_key, image))
+        tokens, _ = self.norm3.add(tokens, self.mlp(tokens))
+        image, _ = self.norm4.add(image, self.cross_attn_image_to_token(image_key, tokens + token_pos, tokens))
         return tokens, image
 
 
@@ -51,7 +51,7 @@ class TwoWayTransformer(nn.Module):
             TwoWayBlock(dim, heads, config.decoder_mlp, first=i == 0) for i in range(config.decoder_depth)
         )
         self.final_attn_token_to_image = Attention(dim, heads, downsample=2)
-        self.norm_final_attn = nn.LayerNorm(dim)
+        self.norm_final_attn = LayerNorm(dim)
 
     def forward(self, image: Tensor, image_pos: Tensor, token_pos: Tensor) -> tuple[Tensor, Tensor]:
         """Run on image (B, h*w, d) with positions (1, h*w, d) and tokens (B, T, d), which are their own positions."""
@@ -59,7 +59,7 @@ class TwoWayTransformer(nn.Module):
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pos, image_pos)
         attended = self.final_attn_token_to_image(tokens + token_pos, image + image_pos, image)
-        return self.norm_final_attn(tokens + attended), image
+        return self.norm_final_attn.add(tokens, attended)[0], image
 
 
 class DecoderOutput(NamedTuple):

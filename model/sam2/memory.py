@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from medvl_sam2.kernels.axial_rope import rope_linear
+from medvl_sam2.kernels.layer_norm import LayerNorm
 from medvl_sam2.kernels.linear import Linear
+from medvl_sam2.kernels.mask_encoding import mask_encoder_front
 from medvl_sam2.kernels.memory_attention import Projections, memory_attention, memory_self_attention
 from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.layers import LayerNorm2d, multi_head_attention, rope_tables, sine_position
@@ -13,8 +15,10 @@ from medvl_sam2.model.sam2.layers import LayerNorm2d, multi_head_attention, rope
 class MaskDownSampler(nn.Module):
     """Four 3x3 convolutions of stride 2 (1 -> 4 -> 16 -> 64 -> 256 channels) and a 1x1 to ``dim``."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: SAM2Config) -> None:
         super().__init__()
+        self.size = (config.image_size, config.image_size)
+        self.scale, self.shift = config.memory_sigmoid_scale, config.memory_sigmoid_bias
         self.encoder = nn.Sequential()
         channels = 1
         for _ in range(4):
@@ -22,11 +26,21 @@ class MaskDownSampler(nn.Module):
             self.encoder.append(LayerNorm2d(4 * channels))
             self.encoder.append(nn.GELU())
             channels *= 4
-        self.encoder.append(nn.Conv2d(channels, dim, kernel_size=1))
+        self.encoder.append(nn.Conv2d(channels, config.d_model, kernel_size=1))
 
-    def forward(self, masks: Tensor) -> Tensor:
-        """Map masks (B, 1, R, R) to (B, dim, R/16, R/16)."""
-        return self.encoder(masks)
+    def forward(self, logits: Tensor, binarize: bool) -> Tensor:
+        """Map mask logits (B, 1, m, m) to (B, dim, R/16, R/16).
+
+        The logits are upsampled to the image's R x R pixels, squashed (or cut at 0 with ``binarize``) and scaled before
+        the first convolution.
+        """
+        conv1, norm1, _, conv2, norm2, _, *rest = self.encoder
+        weights = [tensor for part in (conv1, norm1, conv2, norm2) for tensor in (part.weight, part.bias)]
+        options = {"scale": self.scale, "shift": self.shift, "binarize": binarize, "eps": norm1.eps}
+        x = mask_encoder_front(logits, self.size, *weights, **options)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 class ConvNeXtBlock(nn.Module):
@@ -66,26 +80,27 @@ class MemoryEncoder(nn.Module):
 
     def __init__(self, config: SAM2Config) -> None:
         super().__init__()
-        self.mask_downsampler = MaskDownSampler(config.d_model)
+        self.mask_downsampler = MaskDownSampler(config)
         self.pix_feat_proj = nn.Conv2d(config.d_model, config.d_model, kernel_size=1)
         self.fuser = Fuser(config.d_model, config.fuser_layers, config.fuser_layer_scale)
         self.out_proj = nn.Conv2d(config.d_model, config.mem_dim, kernel_size=1)
 
-    def forward(self, vision: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, vision: Tensor, logits: Tensor, binarize: bool = False) -> Tensor:
         """Encode a memory.
 
         Args:
             vision: Image features (B or 1, d, h, w); one slice serves all objects.
-            masks: Scaled mask probabilities (B, 1, R, R).
+            logits: Masks (B, 1, m, m).
+            binarize: Take the masks cut at 0 rather than their probabilities.
 
         Returns:
             Tokens (B, h*w, mem_dim), row by row.
         """
-        return self.fuse(self.pix_feat_proj(vision), masks)
+        return self.fuse(self.pix_feat_proj(vision), logits, binarize)
 
-    def fuse(self, projected: Tensor, masks: Tensor) -> Tensor:
+    def fuse(self, projected: Tensor, logits: Tensor, binarize: bool = False) -> Tensor:
         """The part that depends on the masks: as :meth:`forward` on features that went through ``pix_feat_proj``."""
-        x = self.fuser(projected + self.mask_downsampler(masks))
+        x = self.fuser(projected + self.mask_downsampler(logits, binarize))
         return self.out_proj(x).flatten(2).transpose(1, 2)
 
 
@@ -126,7 +141,10 @@ class RoPEAttention(nn.Module):
 
 
 class MemoryAttentionLayer(nn.Module):
-    """Pre-norm layer: self-attention over the slice, cross-attention to the memories, MLP."""
+    """Pre-norm layer: self-attention over the slice, cross-attention to the memories, MLP.
+
+    Both attentions leave their branch apart from the tokens: the part that follows adds it together with its norm.
+    """
 
     def __init__(self, config: SAM2Config) -> None:
         super().__init__()
@@ -136,24 +154,28 @@ class MemoryAttentionLayer(nn.Module):
         self.linear1 = Linear(dim, config.memory_ffn)
         self.linear2 = Linear(config.memory_ffn, dim)
         self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def self_attention(self, x: Tensor) -> Tensor:
-        """Residual self-attention on (B, h*w, d); it reads no memory, so it can be shared between objects."""
-        y = self.norm1(x)
-        return x + self.dropout(self.self_attn(y))
+        """Branch of the self-attention on (B, h*w, d); it reads no memory, so it can be shared between objects."""
+        return self.dropout(self.self_attn(self.norm1(x)))
 
-    def cross_attention(self, x: Tensor, memory: Tensor, position: Tensor, num_pointer_tokens: int) -> Tensor:
-        """Residual cross-attention to ``memory`` (B, M, mem_dim); positions are added to the keys alone."""
-        y = self.cross_attn_image(self.norm2(x), memory, position, num_pointer_tokens)
-        return x + self.dropout(y)
+    def cross_attention(
+        self, x: Tensor, branch: Tensor | None, memory: Tensor, position: Tensor, num_pointer_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-attention from ``x + branch`` to ``memory`` (B, M, mem_dim): that sum, and the new branch.
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Residual MLP."""
-        y = self.linear2(self.dropout(self.linear1(self.norm3(x), "relu")))
-        return x + self.dropout(y)
+        Positions are added to the keys alone.
+        """
+        y, x = self.norm2.add(x, branch)
+        return x, self.dropout(self.cross_attn_image(y, memory, position, num_pointer_tokens))
+
+    def feed_forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Residual MLP on ``x + branch``."""
+        y, x = self.norm3.add(x, branch)
+        return x + self.dropout(self.linear2(self.dropout(self.linear1(y, "relu"))))
 
 
 class MemoryAttention(nn.Module):
@@ -171,13 +193,13 @@ class MemoryAttention(nn.Module):
         """
         position = sine_position(vision.shape[-1], vision.shape[1], vision.device)
         x = vision.flatten(2).transpose(1, 2) + (0.1 * position).to(self.norm.weight.dtype)
-        return self.layers[0].self_attention(x)
+        return x + self.layers[0].self_attention(x)
 
     def attend(self, prepared: Tensor, memory: Tensor, position: Tensor, num_pointer_tokens: int) -> Tensor:
         """The rest: tokens (B or 1, h*w, d) from :meth:`prepare` and memories (B, M, mem_dim) to (B, h*w, d)."""
         x = prepared.expand(memory.shape[0], -1, -1)
         for index, layer in enumerate(self.layers):
-            x = layer.self_attention(x) if index else x
-            x = layer.cross_attention(x, memory, position, num_pointer_tokens)
-            x = layer.feed_forward(x)
+            branch = layer.self_attention(x) if index else None
+            x, branch = layer.cross_attention(x, branch, memory, position, num_pointer_tokens)
+            x = layer.feed_forward(x, branch)
         return self.norm(x)

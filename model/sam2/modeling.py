@@ -17,7 +17,7 @@ from medvl_sam2.model.sam2.mask_decoder import DecoderOutput, MaskDecoder
 from medvl_sam2.model.sam2.memory import MemoryAttention, MemoryEncoder
 from medvl_sam2.model.sam2.memory_bank import MemoryBank, MemorySelection
 from medvl_sam2.model.sam2.prompt_encoder import PromptEncoder
-from medvl_sam2.model.sam2.structures import MemoryEntry, Prompts, SliceFeatures, StepOutput, upsample
+from medvl_sam2.model.sam2.structures import MemoryEntry, Prompts, SliceFeatures, StepOutput
 
 NO_OBJECT = -1024.0
 """Logit of every pixel of a mask whose object is predicted absent."""
@@ -204,12 +204,9 @@ class SAM2(nn.Module):
         Returns:
             (B, h*w, mem_dim).
         """
-        masks = upsample(low_res_logits, self.config.image_size)
-        hard = is_from_user and self.config.binarize_prompted and not self.training
-        masks = (masks > 0).float() if hard else masks.sigmoid()
-        masks = masks * self.config.memory_sigmoid_scale + self.config.memory_sigmoid_bias
+        binarize = is_from_user and self.config.binarize_prompted and not self.training
         encode = self.memory_encoder.fuse if is_projected else self.memory_encoder
-        tokens = encode(vision, masks.to(self.no_mem_embed.dtype))
+        tokens = encode(vision, low_res_logits, binarize)
         if self.config.is_v21:
             absent = (object_score <= 0).to(tokens.dtype).unsqueeze(-1)
             tokens = tokens + absent * self.no_obj_embed_spatial

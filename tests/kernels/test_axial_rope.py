@@ -87,7 +87,7 @@ def test_opcheck_and_compile():
         ({"x": torch.ones(6, 5)}, r"rope_linear: expected x of shape"),
         ({"weight": torch.ones(8, 4)}, r"rope_linear: expected weight of shape \(any, 5\)"),
         ({"weight": torch.ones(8, 5).half()}, "rope_linear: expected weight of dtype float32, got float16"),
-        ({"weight": torch.ones(12, 5), "bias": torch.ones(12)}, r"rope_linear: expected cosines of shape \(any, 6\)"),
+        ({"weight": torch.ones(12, 5), "bias": torch.ones(12)}, r"rope_linear: expected cosines of shape \(6, 6\)"),
         ({"bias": torch.ones(7)}, r"rope_linear: expected bias of shape \(8\)"),
     ],
 )
@@ -97,6 +97,11 @@ def test_wrong_arguments_say_what_is_wrong(change, message):
         rope_linear(**arguments, rope=axial_rope_tables(3, 2, 8))
     with pytest.raises(ValueError, match="divisible by 4"):
         axial_rope_tables(3, 2, 6)
+    x, weight, (cos, sin) = torch.ones(2, 6, 5), torch.ones(8, 5), axial_rope_tables(3, 2, 8)
+    with pytest.raises(ValueError, match="expected cosines of dtype float32"):
+        rope_linear(x, weight, None, (cos.half(), sin.half()))
+    with pytest.raises(ValueError, match="expected a multiple of 0 tokens"):
+        rope_linear(x, weight, None, (cos[:0], sin[:0]))
 
 
 @pytest.mark.interpret

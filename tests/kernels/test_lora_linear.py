@@ -118,6 +118,8 @@ def test_autocast_runs_in_its_dtype():
     ("change", "words"),
     [
         ({"x": torch.zeros(8)}, r"expected x of shape \(..., k\)"),
+        ({"x": torch.zeros(4, 0)}, "k above 0"),
+        ({"adapter_index": torch.zeros(4, dtype=torch.bool)}, "integer adapter_index"),
         ({"a": torch.zeros(2, 3, 8)}, "expected a of shape"),
         ({"b": torch.zeros(1, 6, 2)}, "expected b of shape"),
         ({"bias": torch.zeros(5)}, "expected bias of shape"),
@@ -209,10 +211,10 @@ def test_offsets_past_two_to_the_31():
     addresses = {far.data_ptr() + 2 * (row * 2**31 + column) for row in range(16) for column in range(16)}
     for x, out in ((far, y), (y, far)):
         with addresses_only() as asked, force_tile("lora_linear", SMALL):
-            file._rows(x, w, out, index, 1.0, False)
+            file.multiply_rows(x, w, out, index, 1.0, False)
         assert asked == addresses
     with addresses_only() as asked, force_tile("lora_linear_bwd", SMALL):
-        file._weights(far, y, w, index, 1.0)
+        file.sum_weights(far, y, w, index, 1.0)
     assert asked == addresses
 
 

@@ -31,14 +31,20 @@ def _gradients(function, logits, weights, size, **options):
     return y.detach(), torch.autograd.grad(y, leaves, factor, materialize_grads=True)
 
 
+def _operation(logits, size, *weights, scale=20.0, shift=-10.0, binarize=False, eps=1e-6):
+    """The registered operation, whose backward makes the maps again, also where the function does without it."""
+    return file._fwd(logits, list(weights), list(size), scale, shift, binarize, eps)
+
+
 def _double(logits, weights):
     return logits.double(), [weight.double() for weight in weights]
 
 
+@pytest.mark.parametrize("function", [_operation, mask_encoder_front], ids=["operation", "function"])
 @pytest.mark.parametrize(("batch", "low", "size"), SIZES, ids=str)
-def test_forward_and_backward_equal_float64(batch, low, size):
+def test_forward_and_backward_equal_float64(batch, low, size, function):
     logits, weights = _case(batch, low)
-    got, grads = _gradients(mask_encoder_front, logits, weights, size)
+    got, grads = _gradients(function, logits, weights, size)
     want, exact = _gradients(mask_encoder_front_reference, *_double(logits, weights), size)
     assert_close(got, want, rtol=1e-5, atol=2e-5)
     for mine, true in zip(grads, exact):
@@ -63,11 +69,21 @@ def test_equals_the_sam2_package(binarize):
 
 def test_binary_masks_pass_no_gradient_to_the_logits():
     logits, weights = _case(2, (5, 7))
-    _, grads = _gradients(mask_encoder_front, logits, weights, (13, 19), binarize=True)
+    _, grads = _gradients(_operation, logits, weights, (13, 19), binarize=True)
     _, exact = _gradients(mask_encoder_front_reference, *_double(logits, weights), (13, 19), binarize=True)
     assert not grads[0].any()
     for mine, true in zip(grads[1:], exact[1:]):
         assert_rms_close(mine, true)
+
+
+def test_float64_gives_what_the_plain_chain_gives():
+    logits, weights = _case(2, (5, 7), torch.float64)
+    got, grads = _gradients(_operation, logits, weights, (13, 19))
+    want, exact = _gradients(mask_encoder_front_reference, logits.double(), weights, (13, 19))
+    assert got.dtype == torch.float64
+    # The logits are float32, and so is their gradient.
+    for mine, true in zip((got, *grads), (want, *exact)):
+        assert_close(mine, true, rtol=1e-5 if mine.dtype == torch.float32 else 1e-9, atol=1e-9)
 
 
 def test_scale_and_shift():
@@ -95,7 +111,7 @@ def test_bfloat16_weights_are_no_worse_than_plain_torch():
 
 def test_empty_batch():
     logits, weights = _case(2, (5, 7))
-    got, grads = _gradients(mask_encoder_front, logits[:0], weights, (13, 19))
+    got, grads = _gradients(_operation, logits[:0], weights, (13, 19))
     assert got.shape == (0, 16, 4, 5) and not any(grad.any() for grad in grads)
 
 
@@ -128,9 +144,17 @@ def test_opcheck():
 def test_compiles_without_a_break():
     logits, weights = _case(2, (5, 7))
     compiled = torch.compile(mask_encoder_front, fullgraph=True, backend="aot_eager")
-    got, want = (_gradients(f, logits, weights, (13, 19)) for f in (compiled, mask_encoder_front))
-    for mine, theirs in zip((got[0], *got[1]), (want[0], *want[1])):
-        assert_close(mine, theirs)
+    with torch.no_grad():
+        want = mask_encoder_front(logits, (13, 19), *weights)
+        got = compiled(logits, (13, 19), *weights)
+    assert_close(got, want)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    for function in (mask_encoder_front, _operation):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        got, want = (_gradients(f, logits, weights, (13, 19)) for f in (compiled, function))
+        assert_close(got[0], want[0])
+        for mine, theirs in zip(got[1], want[1]):
+            assert_rms_close(mine, theirs)
 
 
 @pytest.mark.interpret

@@ -8,7 +8,7 @@ from interpreter import addresses_only, count_traffic, huge
 
 from medvl_sam2.kernels import mixer as file
 from medvl_sam2.kernels._common import disable
-from medvl_sam2.kernels._tuning import force_tile
+from medvl_sam2.kernels._tuning import force_tile, tiles_asked
 from medvl_sam2.kernels.mixer import mixer_layer, mixer_layer_reference
 
 # batch, tokens in, channels in, tokens out, channels out
@@ -167,6 +167,22 @@ def test_kernels_equal_the_library_path(sizes, poisoned):
         for mine, theirs in zip(got, file._backward(grad, x, weights, kept_want, 1e-5, needs_x)):
             assert mine.is_contiguous()
             assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpret
+def test_a_measured_tile_serves_one_epilogue_and_one_width_of_operands():
+    asked = {}
+    for dtype, width in ((torch.float32, "32bit"), (torch.float16, "16bit")):
+        x, weights = _layer((1, 16, 16, 16, 16), dtype)
+
+        def run(x=x, weights=weights):
+            y, *kept = file._launch_forward(x, weights, 1e-5, True)
+            file._launch_backward(y, x, weights, kept, 1e-5, False)
+
+        asked[width] = tiles_asked(run)["mixer"]
+        assert all(key.endswith(width) for key in asked[width])
+        same = {f"M16-N16-K16-none-{epilogue}-{width}" for epilogue in ("none", "backward")}
+        assert same <= set(asked[width])
 
 
 @pytest.mark.interpret

@@ -131,6 +131,7 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"volume": torch.zeros(1, 8, 32, 32, requires_grad=True)}, r"volume without a gradient.*volume.detach\(\)"),
         ({"volume": torch.zeros(1, 8, 32)}, r"expected volume of shape \(any, any, any, any\)"),
         ({"volume": torch.zeros(1, 8, 30, 32)}, r"divisible by a patch of 3, got \(8, 30, 32\) and \[4, 16, 16\]"),
         ({"volume": torch.zeros(1, 8, 32, 32, dtype=torch.bool)}, "expected volume of dtype int16"),

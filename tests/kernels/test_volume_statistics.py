@@ -88,6 +88,10 @@ def test_wrong_arguments_say_what_is_wrong():
         percentiles_from_histogram(torch.zeros(65536, dtype=torch.int64), [101])
     with pytest.raises(ValueError, match="at least one element"):
         foreground_box(torch.zeros(0, 2, 2), 1)
+    with pytest.raises(ValueError, match="volume_minmax: expected voxels with at least one element"):
+        volume_minmax(torch.zeros(2, 0, 2))
+    with pytest.raises(ValueError, match="slope other than 0"):
+        foreground_box(torch.zeros(2, 2, 2), 1, slope=0.0)
 
 
 def test_opcheck_and_compile():
