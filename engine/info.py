@@ -128,7 +128,6 @@ def describe(document: dict[str, Any]) -> str:
         lines.append(f"CUDA: none ({device['cuda_missing']})")
     lines += ["", "Kernels:"]
     lines += [f"  {k['name']:<22} {k['path']:<10} {k['reason']}" for k in document["kernels"]]
-    lines.append(f"  {'attention':<22} {document['attention']['used']:<10} {document['attention']['why']}")
     lines += ["", "Optional packages:"]
     for package in document["packages"]:
         state = package["version"] or ""

@@ -72,7 +72,7 @@ def disable(*names: str) -> Iterator[None]:
 
 def is_disabled(name: str) -> bool:
     """Tell whether `name` was switched off by ``MEDVL_SAM2_DISABLE`` or by `disable`."""
-    return _disabled[name] > 0 or _disabled["all"] > 0
+    return _disabled.get(name, 0) > 0 or _disabled.get("all", 0) > 0
 
 
 def why_not_triton(name: str, device: torch.device | str | None = None) -> str:

@@ -4,10 +4,11 @@
 
 Dense attention at head dims 64-128 is where the libraries are at their best, so there is no kernel of our own here:
 one choice, one place to make it, and one place to ask what was chosen (`attention_status`). The choice comes from, in
-this order, the `backend` argument, the `use_attention_backend` context manager, the variable `MEDVL_SAM2_ATTENTION`,
-and `auto` (on CUDA the first of flash, xformers, SDPA that is installed and takes the inputs; on the CPU SDPA, except
-for small problems in bf16, which matrix products with a softmax between train several times faster; SDPA elsewhere).
-A backend that cannot take the inputs gives way to SDPA, which is told once per reason through `logging`.
+this order, the `backend` argument, the switch that every operation has (off: SDPA), the `use_attention_backend` context
+manager, the variable `MEDVL_SAM2_ATTENTION`, and `auto` (on CUDA the first of flash, xformers, SDPA that is installed
+and takes the inputs; on the CPU SDPA, except for small problems in bf16, which matrix products with a softmax between
+train several times faster; SDPA elsewhere). A backend that cannot take the inputs gives way to SDPA, which is told once
+per reason through `logging`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medvl_sam2.kernels._common import match_autocast
+from medvl_sam2.kernels._common import DISABLE_VARIABLE, is_disabled, match_autocast, register_operation
 from medvl_sam2.kernels.linear import is_fast, product
 
 logger = logging.getLogger(__name__)
@@ -107,13 +108,15 @@ def attention(
 
 
 def requested_backend(backend: str = "auto") -> str:
-    """The backend that argument, context manager and environment ask for together, in that order of precedence.
+    """The backend that argument, switch, context manager and environment ask for together, in that precedence.
 
     Raises:
         ValueError: a name that is not one of `BACKENDS`, with the place it came from.
     """
     if backend != "auto":
         return _known(backend, "backend")
+    if is_disabled("attention"):
+        return "sdpa"
     if _override is not None:
         return _override
     return _known(os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto", ENVIRONMENT_VARIABLE)
@@ -137,13 +140,15 @@ def attention_status(device: str | torch.device = "cuda") -> dict[str, Any]:
     """What is installed, what is asked for, and what fp16/bf16 attention would run on a device, and why.
 
     Returns:
-        `setting` (the name asked for), `source` ("context", the environment variable's name or "default"),
+        `setting` (the name asked for), `source` (the switch, "context", the variable's name or "default"),
         `installed` (backend -> version text or None), `device`, `used` (the backend), `why` (one sentence),
         `calls` (backend -> number of calls so far in this process).
     """
     device = torch.device(device)
     setting = requested_backend()
-    if _override is not None:
+    if is_disabled("attention"):
+        source = f"{DISABLE_VARIABLE} or disable()"
+    elif _override is not None:
         source = "context"
     else:
         source = ENVIRONMENT_VARIABLE if os.environ.get(ENVIRONMENT_VARIABLE) else "default"
@@ -161,6 +166,14 @@ def attention_status(device: str | torch.device = "cuda") -> dict[str, Any]:
         "why": why,
         "calls": dict(_uses),
     }
+
+
+def _describe() -> tuple[str, str]:
+    status = attention_status("cuda" if torch.cuda.is_available() else "cpu")
+    return status["used"], "switched off" if is_disabled("attention") else status["why"]
+
+
+register_operation("attention", _describe)
 
 
 def _known(name: str, source: str) -> str:

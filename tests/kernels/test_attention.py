@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medvl_sam2.kernels import attention as module
+from medvl_sam2.kernels._common import disable, op_status
 from medvl_sam2.kernels.attention import attention, attention_reference, attention_status, use_attention_backend
 
 
@@ -237,3 +238,14 @@ def test_every_installed_backend_agrees_on_a_gpu(backend):
     out = attention(q, k, v, backend=backend)
     expected = double_oracle(q, k, v)
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_switch_of_every_operation_leaves_sdpa():
+    q = torch.randn(1, 2, 40, 16, dtype=torch.bfloat16)
+    with disable("attention"):
+        attention(q, q, q)
+        status = attention_status("cpu")
+        assert (status["used"], status["calls"]) == ("sdpa", {"sdpa": 1}) and "disable" in status["source"]
+        assert next(s for s in op_status() if s.name == "attention").reason == "switched off"
+    attention(q, q, q)
+    assert attention_status("cpu")["calls"] == {"sdpa": 1, "matmul": 1}
