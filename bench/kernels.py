@@ -29,6 +29,7 @@ from torch import Tensor
 from medvl_sam2.bench.operations import OPERATIONS, Case, cases
 from medvl_sam2.kernels._common import why_not_triton
 from medvl_sam2.kernels._tuning import gpu_name
+from medvl_sam2.kernels.attention import attention_status
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def run(
     *,
     device: torch.device | str | None = None,
     dtypes: Sequence[str] | None = None,
-    modes: Sequence[str] = ("forward",),
+    modes: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
     small: bool | None = None,
     seconds: float = 1.0,
@@ -56,7 +57,8 @@ def run(
         operations: Names as in `medvl_sam2.bench.operations.OPERATIONS`; all by default.
         device: The GPU where there is one, else the CPU.
         dtypes: Of ``"float32"``, ``"bfloat16"``, ``"float16"``; bfloat16 on CUDA and float32 on a CPU by default.
-        modes: ``"forward"``, and ``"full"`` for forward and backward of the operations that training uses.
+        modes: ``"forward"``, and ``"full"`` for forward and backward of the operations that training uses; both on
+            CUDA by default, ``"forward"`` on a CPU.
         providers: Of `PROVIDERS`; on a CPU all but ``"compile"`` by default, whose first call takes many seconds.
         small: Small shapes instead of the model's; by default on a CPU.
         seconds: Time for one case on a CPU.
@@ -70,6 +72,7 @@ def run(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cuda = device.type == "cuda"
     dtypes = dtypes or (["bfloat16"] if on_cuda else ["float32"])
+    modes = modes or (MODES if on_cuda else MODES[:1])
     providers = providers or (PROVIDERS if on_cuda else ("ours", "eager", "library"))
     for what, given, known in (("dtype", dtypes, DTYPES), ("mode", modes, MODES), ("provider", providers, PROVIDERS)):
         if unknown := sorted(set(given) - set(known)):
@@ -103,9 +106,7 @@ def _measure(case: Case, mode: str, providers: Sequence[str], device: torch.devi
         if function is None:
             continue
         row: Row = {"operation": case.operation, "shape": case.shape, "mode": mode, "provider": provider}
-        row["path"] = (
-            ("reference" if why_not_triton(case.operation, device) else "triton") if provider == "ours" else ""
-        )
+        row["path"] = _path(case.operation, device) if provider == "ours" else ""
         row |= {"gflop": case.flops / 1e9, "mbytes": case.bytes / 1e6}
         _synchronise(device)
         start = time.perf_counter()
@@ -132,10 +133,10 @@ def _measure(case: Case, mode: str, providers: Sequence[str], device: torch.devi
     return rows
 
 
-def _path(case: Case, provider: str, device: torch.device) -> str:
-    if provider != "ours":
-        return ""
-    return "reference" if why_not_triton(case.operation, device) else "triton"
+def _path(operation: str, device: torch.device) -> str:
+    if operation == "attention":
+        return attention_status(device)["used"]
+    return "reference" if why_not_triton(operation, device) else "triton"
 
 
 def _provider(case: Case, provider: str, device: torch.device) -> Callable[..., Any] | None:

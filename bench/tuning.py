@@ -1,5 +1,7 @@
 """Searches the tiles of the kernels on the GPU at hand (``medvl-sam2 bench kernels --tune``)."""
 
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from medvl_sam2.bench.kernels import DTYPES, MODES, Row, bind, difference, results
 from medvl_sam2.bench.operations import OPERATIONS, Case, cases
+from medvl_sam2.kernels._common import why_not_triton
 from medvl_sam2.kernels._tuning import Tile, gpu_name, tiles_asked, write_tuned
 from medvl_sam2.kernels._tuning import tune as tune_tile
 
@@ -27,13 +30,14 @@ def tune(
         rounds: Steps away from the heuristic at most.
 
     Returns:
-        One dict per kernel and shape class: operation, kernel, key, tile, heuristic_ms, tuned_ms, file.
+        One dict per kernel and shape class: operation, kernel, key, tile, heuristic_ms, tuned_ms, and file where the
+        tile was kept.
 
     Raises:
-        RuntimeError: There is no GPU.
+        ValueError: There is no GPU that the kernels run on, or no such operation.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError("bench kernels --tune: needs a CUDA device, tiles mean nothing elsewhere")
+    if reason := why_not_triton("tuning"):
+        raise ValueError(f"bench kernels --tune: needs an NVIDIA GPU that runs the Triton kernels ({reason})")
     from triton.testing import do_bench
 
     device, found = torch.device("cuda"), []
@@ -70,7 +74,8 @@ def _search(
     best, first = heuristic, None
     for _ in range(rounds):
         better, times = tune_tile(kernel, list(_neighbours(best)), run_once, measure, key)
-        first = first if first is not None else next(iter(times.values()))
+        # A heuristic that does not run on this GPU is slower than anything.
+        first = first if first is not None else times.get(json.dumps(heuristic), math.inf)
         if better == best:
             break
         best = better
@@ -87,3 +92,12 @@ def _neighbours(tile: Tile) -> Iterator[Tile]:
         for option in options:
             if option >= 1 and (name != "num_warps" or option <= 16):
                 yield {**tile, name: option}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Lay rows of `tune` out for reading."""
+    lines = [f"{'kernel':22} {'shape class':32} {'ms before':>10} {'after':>9}  tile"]
+    for row in rows:
+        kept = " ".join(f"{name} {value}" for name, value in row["tile"].items()) if "file" in row else "as it was"
+        lines.append(f"{row['kernel']:22} {row['key']:32} {row['heuristic_ms']:10.4f} {row['tuned_ms']:9.4f}  {kept}")
+    return "\n".join(lines)

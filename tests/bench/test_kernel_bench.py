@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from medvl_sam2 import cli
 from medvl_sam2.bench import kernels, operations, tuning
 from medvl_sam2.kernels._tuning import config_path, tile, write_tuned
 
@@ -99,8 +100,41 @@ def test_tuned_tiles_are_kept_beside_the_others(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_needs_a_gpu():
-    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         tuning.tune(["mixer"])
+
+
+def test_a_heuristic_that_does_not_run_loses_and_the_table_says_what_was_kept():
+    def measure(run_once):
+        run_once()
+        if blocks[-1] > 16:
+            raise ValueError("too large")
+        return float(blocks[-1])
+
+    blocks = []
+    row = tuning._search(
+        "toy", "a", {"BLOCK": 32}, lambda: blocks.append(tile("toy", {"BLOCK": 32}, key="a")["BLOCK"]), measure, 2
+    )
+    assert row["heuristic_ms"] == float("inf") and row["tile"] == {"BLOCK": 8}
+    text = tuning.table([{**row, "file": "x.json"}, row])
+    assert "BLOCK 8" in text.splitlines()[1] and "as it was" in text.splitlines()[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_verb_says_that_tuning_needs_a_gpu(capsys):
+    assert cli.main(["bench", "kernels", "--tune"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "bench kernels --tune: needs an NVIDIA GPU" in said
+    assert cli.main(["bench", "ingest", "--tune"]) == 2
+    assert "bench kernels --tune" in capsys.readouterr().err
+
+
+def test_the_verb_measures_the_operations_asked_for(tmp_path, capsys):
+    options = ["--operations", "layer_norm", "--json", "--out", str(tmp_path)]
+    assert cli.main(["bench", "kernels", *options]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {row["operation"] for row in rows} == {"layer_norm"}
+    assert cli.main(["bench", "kernels", "--operations", "nonsense"]) == 2
 
 
 @pytest.mark.gpu
