@@ -79,7 +79,7 @@ class Worker:
             if self.job.report:
                 document["report"] = session.report().text
             if self.job.questions:
-                document["answers"] = [session.ask(question).text for question in self.job.questions]
+                document["answers"] = [answer.text for answer in session.ask_all(self.job.questions)]
             if self.job.targets:
                 document |= self._masks(scan, session.segment_all(self.job.targets))
             return document | {"seconds": {name: round(value, 4) for name, value in session.stages.items()}}

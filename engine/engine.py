@@ -1,17 +1,18 @@
 """The runtime: a model on its device, and the sessions of the scans it knows."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from medvl_sam2.engine.beside import Beside
 from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.language.base import LanguageBackend
 from medvl_sam2.engine.language.transformers import TransformersBackend
@@ -77,7 +78,10 @@ class MedVLEngine:
         for module in (model.seg_bridge, model.sam2):
             module.to(self.device, self.precision.sam2)
         self.segmenter = Segmenter(model.sam2, model.config.seg)
-        self._sessions: OrderedDict[Hashable, VolumeSession] = OrderedDict()
+        self.beside = Beside.of(self.device)
+        self._sessions: dict[Hashable, VolumeSession] = {}
+        # Every session that someone holds, opened from a file or not, the one used last at the end.
+        self._used: WeakKeyDictionary[VolumeSession, None] = WeakKeyDictionary()
 
     @classmethod
     def from_pretrained(
@@ -137,7 +141,6 @@ class MedVLEngine:
         session = known or VolumeSession(self, read_volume(scan, series=series))
         with self.lock:
             session = self._sessions.setdefault(key, session)
-            self._sessions.move_to_end(key)
             self._trim(session)
             return session
 
@@ -147,15 +150,18 @@ class MedVLEngine:
         with self.lock:
             for key, session in list(self._sessions.items()):
                 if key[0][0] == name:
-                    session.release()
                     del self._sessions[key]
+                    self._used.pop(session, None)
+                    session.release()
 
     @contextmanager
     def using(self, session: VolumeSession) -> Iterator[None]:
         """Hold the engine for a request of a session, then bring the cache back to its bound."""
         with self.lock:
-            yield
-            self._trim(session)
+            try:
+                yield
+            finally:
+                self._trim(session)
 
     def visual_tokens(self, grid: Tensor) -> Tensor:
         """(1, D, H, W) encoder grid -> (tokens, H) rows for the LLM."""
@@ -172,7 +178,9 @@ class MedVLEngine:
         """Hand the LLM to its runtime."""
         convention = model.config.seg.convention
         if name == "transformers":
-            # LoRA is merged before the cast, so that the sum is rounded once.
+            # LoRA is merged in the wider type of the files' and the run's, so that the sum is rounded once at most.
+            if self.precision.language == torch.float32:
+                model.language.to(self.precision.language)
             backend = TransformersBackend(model.language, self.chat, convention)
             model.language.to(self.device, self.precision.language)
             return backend
@@ -185,15 +193,21 @@ class MedVLEngine:
             return VLLMBackend(directory, self.chat, convention, device=self.device, dtype=self.precision.language)
 
     def _trim(self, current: VolumeSession) -> None:
-        sizes = {key: session.nbytes + session.volume.voxels.nbytes for key, session in self._sessions.items()}
-        held = sum(sizes.values())
-        for key, session in list(self._sessions.items()):
+        """Note the use of a session, and let the least recently used ones go until the rest is within the bound."""
+        self._used.pop(current, None)
+        self._used[current] = None
+        names = {id(session): key for key, session in self._sessions.items()}
+        sessions = list(self._used)
+        # The voxels of a scan that the cache does not know are their owner's.
+        sizes = [s.nbytes + (s.volume.voxels.nbytes if id(s) in names else 0) for s in sessions]
+        held = sum(sizes)
+        for session, size in zip(sessions, sizes):
             if held <= self.cache_bytes:
                 return
-            if session is not current:
-                held -= sizes[key]
+            if session is not current and size:
+                held -= size
                 session.release()
-                del self._sessions[key]
+                self._sessions.pop(names.get(id(session)), None)
 
 
 def _fingerprint(path: Path) -> Hashable:

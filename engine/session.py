@@ -1,22 +1,24 @@
 """One scan, encoded once: every further question, click or organ reuses what is there."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from medvl_sam2.engine.answers import Answer, ChatEvent
+from medvl_sam2.engine.beside import Job
+from medvl_sam2.engine.cancelling import check
 from medvl_sam2.engine.geometry import InputError, Space, Volume
-from medvl_sam2.engine.prompting import Box, Point, SlicePrompts, slice_prompts
+from medvl_sam2.engine.prompting import Box, Point, slice_prompts
+from medvl_sam2.engine.scan_work import ScanWork
 from medvl_sam2.engine.segmentation import Segmentation
 from medvl_sam2.engine.segmenter import ObjectSlices, union
 from medvl_sam2.engine.text import TextStream, chosen, mask_name, requested
 from medvl_sam2.engine.timing import Stages
-from medvl_sam2.model.processing import ScanArray
 from medvl_sam2.model.prompts import ABSENT_ANSWER, REPORT_REQUEST, SEGMENT_ANSWER, with_choices
-from medvl_sam2.model.sam2 import SliceFeatures
 
 if TYPE_CHECKING:
     from medvl_sam2.engine.engine import MedVLEngine
@@ -26,45 +28,11 @@ MAX_TOKENS = 512
 MAX_PARTS = 64
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Text that the model wrote.
-
-    Attributes:
-        text: Without special tokens.
-        choice: Index of the chosen answer of a multiple-choice question, else None.
-        tokens: Tokens generated.
-        timings: Seconds per stage of this request.
-    """
-
-    text: str
-    choice: int | None = None
-    tokens: int = 0
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ChatEvent:
-    """A piece of an answer as it comes: some text, or a mask.
-
-    Attributes:
-        text: What became certain since the last event.
-        segmentation: A mask, after the text that led to it.
-        finish: "stop" or "length" on the last event (which may carry text too), else None.
-        tokens: Tokens generated so far.
-    """
-
-    text: str = ""
-    segmentation: Segmentation | None = None
-    finish: str | None = None
-    tokens: int = 0
-
-
 class VolumeSession:
     """Conversation with the model about one scan.
 
     Made by `MedVLEngine.open`. Work on the scan happens at the first request that needs it and is kept until the
-    engine's cache lets it go; a session that was let go still works, and encodes again.
+    engine's cache lets it go; a session that was let go still works, and encodes again. Safe from several threads.
 
     Args:
         engine: Owner of the model.
@@ -76,16 +44,13 @@ class VolumeSession:
         self._engine = engine
         self.stages = Stages(engine.device)
         with self.stages.measure("crop"):
-            self._scan = ScanArray(volume.voxels, volume.slope, volume.intercept)
-            self.transform = engine.processor.transform(self._scan)
-        self._prefix: Any = None
-        self._features: SliceFeatures | None = None
+            self._work = ScanWork(engine, volume)
+        self.transform = self._work.transform
 
     @property
     def nbytes(self) -> int:
         """Memory that the kept work takes, the scan's own voxels aside."""
-        prefix = 0 if self._prefix is None else self._engine.language.prefix_bytes(self._prefix)
-        return prefix + (0 if self._features is None else self._features.nbytes)
+        return self._work.nbytes
 
     @property
     def prefix_tokens(self) -> int:
@@ -95,14 +60,15 @@ class VolumeSession:
     def encode(self) -> "VolumeSession":
         """Do all the work that depends on the scan alone, so that later requests are quick."""
         with self._engine.using(self):
-            self._language_prefix()
-            self._slice_features()
+            features = self._work.features(self.stages)
+            self._work.prefix(self.stages)
+            features.result()
         return self
 
     def release(self) -> None:
         """Let go of the kept work."""
         with self._engine.lock:
-            self._prefix = self._features = None
+            self._work.release()
 
     def report(self, *, max_tokens: int = MAX_TOKENS, cancel: Event | None = None) -> Answer:
         """Write a report of the scan.
@@ -132,14 +98,48 @@ class VolumeSession:
         Raises:
             InputError: The question is empty or too long.
         """
-        before = dict(self.stages)
-        prompt = with_choices(question, tuple(choices)) if choices else question
-        stream = TextStream(self._engine.tokenizer)
-        for step in self._steps(prompt, (), max_tokens, cancel):
-            stream.push(step.token)
-        text = stream.text.strip()
-        choice = chosen(text, choices) if choices else None
-        return Answer(text, choice, stream.tokens, self.stages.since(before))
+        return self.ask_all([question], [choices], max_tokens=max_tokens, cancel=cancel)[0]
+
+    def ask_all(
+        self,
+        questions: Sequence[str],
+        choices: Sequence[Sequence[str] | None] | None = None,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        cancel: Event | None = None,
+    ) -> list[Answer]:
+        """Answer several questions that do not know of each other, decoded together.
+
+        Args:
+            questions: In words.
+            choices: Of each question; None where it is not multiple-choice, or where none is.
+            max_tokens: Length limit of each answer.
+            cancel: Ends the answers early once set.
+
+        Returns:
+            What `ask` gives for each.
+
+        Raises:
+            InputError: A question is empty or too long.
+        """
+        stages, choices = self.stages.part(), choices or [None] * len(questions)
+        texts = [with_choices(q, tuple(c)) if c else q for q, c in zip(questions, choices, strict=True)]
+        ids = [self.prompt_ids(text) for text in texts]
+        streams = [TextStream(self._engine.tokenizer) for _ in ids]
+        size = self._engine.language.batch
+        for first in range(0, len(ids), size):
+            own = streams[first : first + size]
+            for steps in self._rounds(ids[first : first + size], max_tokens, cancel, stages):
+                for stream, step in zip(own, steps):
+                    if step is not None:
+                        stream.push(step.token)
+        timings = dict(stages)
+        answers = []
+        for stream, own in zip(streams, choices):
+            stream.flush()
+            text = stream.text.strip()
+            answers.append(Answer(text, chosen(text, own) if own else None, stream.tokens, timings))
+        return answers
 
     def chat(
         self,
@@ -151,6 +151,8 @@ class VolumeSession:
     ) -> Iterator[ChatEvent]:
         """Answer with text and masks as they come.
 
+        On a GPU a mask is computed while the text goes on, and comes when it is done.
+
         Args:
             text: What the user says.
             history: Earlier turns (user, answer) that the model should know of.
@@ -159,25 +161,32 @@ class VolumeSession:
 
         Raises:
             InputError: The text is empty or too long.
+            Cancelled: The event was set while a mask was computed.
         """
-        stream = TextStream(self._engine.tokenizer)
-        tokens = 0
-        for step in self._steps(text, history, max_tokens, cancel):
-            tokens += 1
-            if step.hidden is None:
-                if piece := stream.push(step.token):
-                    yield ChatEvent(text=piece, tokens=tokens)
-                continue
-            with self._engine.using(self):
-                before = dict(self.stages)
-                (shown,) = self._by_text(step.hidden[None, None])
-                name = mask_name(stream.text, text)
-                mask = self._segmentation(name, stream.text.strip(), shown, self.stages.since(before))
-            yield ChatEvent(segmentation=mask, tokens=tokens)
-        room = self._engine.room - len(self.prompt_ids(text, history))
-        yield ChatEvent(
-            text=stream.flush(), finish="stop" if tokens < min(max_tokens, room) else "length", tokens=tokens
-        )
+        stages, cancel = self.stages.part(), cancel or Event()
+        stream, tokens = TextStream(self._engine.tokenizer), 0
+        ids = self.prompt_ids(text, history)
+        pending: deque[tuple[str, str, Job]] = deque()
+        try:
+            for (step,) in self._rounds([ids], max_tokens, cancel, stages):
+                tokens += 1
+                if step.hidden is not None:
+                    with self._engine.using(self):
+                        job = self._work.by_text(step.hidden[None, None], stages, cancel)
+                    pending.append((mask_name(stream.text, text), stream.text.strip(), job))
+                elif piece := stream.push(step.token):
+                    yield ChatEvent(text=piece, tokens=tokens, timings=stages)
+                while pending and pending[0][2].is_ready:
+                    yield ChatEvent(segmentation=self._found(*pending.popleft(), stages), tokens=tokens, timings=stages)
+            while pending:
+                pending[0][2].wait()
+                yield ChatEvent(segmentation=self._found(*pending.popleft(), stages), tokens=tokens, timings=stages)
+        finally:
+            if pending:
+                # Whoever listened has left.
+                cancel.set()
+        finish = "stop" if tokens < min(max_tokens, self._engine.room - len(ids)) else "length"
+        yield ChatEvent(text=stream.flush(), finish=finish, tokens=tokens, timings=stages)
 
     def prompt_ids(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Tokens of a conversation after the scan's prefix, up to where the answer begins.
@@ -202,6 +211,7 @@ class VolumeSession:
         points: Sequence[Point] | None = None,
         box: Box | None = None,
         space: Space = "voxel",
+        cancel: Event | None = None,
     ) -> Segmentation:
         """Segment one object.
 
@@ -211,120 +221,140 @@ class VolumeSession:
             points: (i, j, k) or (i, j, k, label); label +1 marks the object (default), -1 the background.
             box: (i0, j0, k0, i1, j1, k1), lower corner first.
             space: Of points and box: "voxel" (the file's own index), "ras" or "lps" millimetres.
+            cancel: Ends the work before the next slice once set.
 
         Returns:
             The mask on the scan's own grid. Without points or box the model may answer that the target is absent.
 
         Raises:
             InputError: Nothing to go by, a point outside the volume, or a box upside down.
+            Cancelled: The event was set.
         """
         if points is None and box is None:
             if target is None:
                 raise InputError("target: expected a name, a description, points or a box, got nothing to segment")
-            return self.segment_all([target])[0]
-        prompts = slice_prompts(
-            self.volume, self.transform, self._engine.processor.image_size, points or None, box, space
-        )
-        return self._segment_marked(target, prompts)
+            return self.segment_all([target], cancel=cancel)[0]
+        image_size = self._engine.processor.image_size
+        marked = slice_prompts(self.volume, self.transform, image_size, points or None, box, space)
+        if target is None and marked.start is None:
+            raise InputError("points: expected one on the object (label +1) where no name is given; add one")
+        stages, hidden = self.stages.part(), None
+        with self._engine.using(self):
+            check(cancel)
+            self._work.features(stages, cancel)
+            if target is not None:
+                # The user points at it, so the model is not asked whether it is there.
+                (target,), (forced,) = self._force([target], stages)
+                hidden = forced.hidden
+            shown = self._work.by_prompts(marked, hidden, stages, cancel).result()
+        return self._segmentation(target or "object", SEGMENT_ANSWER, shown, stages)
 
-    def segment_all(self, targets: Sequence[str]) -> list[Segmentation]:
-        """Segment several objects by name or description, in one go.
+    def segment_all(self, targets: Sequence[str], *, cancel: Event | None = None) -> list[Segmentation]:
+        """Segment several objects by name or description, as one batch.
 
         Args:
             targets: As in `segment`. One that the model takes for several objects ("kidneys") gives their union.
+            cancel: Ends the work before the next slice once set.
+
+        Raises:
+            InputError: A target is empty or too long.
+            Cancelled: The event was set.
         """
         if not targets:
             return []
-        before = dict(self.stages)
+        stages = self.stages.part()
         with self._engine.using(self):
-            names, forced = self._force(targets)
+            check(cancel)
+            self._work.features(stages, cancel)
+            names, forced = self._force(targets, stages)
+            check(cancel)
             here = [i for i, result in enumerate(forced) if result.margin > 0]
-            objects = dict(zip(here, self._by_text(torch.stack([forced[i].hidden for i in here])))) if here else {}
+            objects: dict[int, ObjectSlices] = {}
+            if here:
+                states = torch.stack([forced[i].hidden for i in here])
+                objects = dict(zip(here, self._by_text(states, stages, cancel)))
             texts = [
                 SEGMENT_ANSWER if i in objects else ABSENT_ANSWER.format(name=name) for i, name in enumerate(names)
             ]
             own = {self._engine.chat.answer(text)[0] for text in (SEGMENT_ANSWER, ABSENT_ANSWER)}
             for i, result in enumerate(forced):
                 # The model would begin with something else: with a name, when it sees several objects in the request.
-                if result.first not in own and (parts := self._own_answer(targets[i])):
+                if result.first not in own and (parts := self._own_answer(targets[i], stages, cancel)):
                     texts[i], objects[i] = parts
-        timings = self.stages.since(before)
-        return [self._segmentation(name, texts[i], objects.get(i), timings) for i, name in enumerate(names)]
+        return [self._segmentation(name, texts[i], objects.get(i), stages) for i, name in enumerate(names)]
 
-    def _own_answer(self, target: str) -> tuple[str, ObjectSlices] | None:
+    def _own_answer(self, target: str, stages: Stages, cancel: Event | None) -> tuple[str, ObjectSlices] | None:
         """The model's own answer to a request and its objects as one; None unless there are several."""
         stream = TextStream(self._engine.tokenizer)
         states = []
-        for step in self._steps(requested(target)[1], (), MAX_PARTS, None):
+        for (step,) in self._rounds([self.prompt_ids(requested(target)[1])], MAX_PARTS, cancel, stages):
             stream.push(step.token)
             states += [] if step.hidden is None else [step.hidden]
+        check(cancel)
         if len(states) < 2:
             return None
-        return stream.text.strip(), union(self._by_text(torch.stack(states)[:, None]))
+        return stream.text.strip(), union(self._by_text(torch.stack(states)[:, None], stages, cancel))
 
-    def _segment_marked(self, target: str | None, marked: SlicePrompts) -> Segmentation:
-        before = dict(self.stages)
-        if target is None and marked.start is None:
-            raise InputError("points: expected one on the object (label +1) where no name is given; add one")
-        with self._engine.using(self):
-            embeddings = None
-            if target is not None:
-                # The user points at it, so the model is not asked whether it is there.
-                (target,), (forced,) = self._force([target])
-                embeddings = self._engine.embeddings(forced.hidden)[None]
-            features = self._slice_features()
-            with self.stages.measure("masks"):
-                prompts = {i: p.to(self._engine.device) for i, p in marked.prompts.items()}
-                shown = self._engine.segmenter.by_prompts(features, prompts, marked.start, embeddings, marked.extent)
-        return self._segmentation(target or "object", SEGMENT_ANSWER, shown, self.stages.since(before))
-
-    def _force(self, targets: Sequence[str]) -> tuple[list[str], list[Any]]:
+    def _force(self, targets: Sequence[str], stages: Stages) -> tuple[list[str], list[Any]]:
         """Names of the targets, and the [SEG] states of the plain answer to each."""
         chat = self._engine.chat
         names, questions = zip(*(requested(target) for target in targets))
-        prefix = self._language_prefix()
-        with self.stages.measure("language"):
+        ids = [self.prompt_ids(question) for question in questions]
+        prefix = self._work.prefix(stages)
+        with stages.measure("language"):
             forced = self._engine.language.forced(
                 prefix,
-                [self._checked(chat.question(question), question) for question in questions],
+                ids,
                 chat.answer(SEGMENT_ANSWER),
                 [chat.answer(ABSENT_ANSWER.format(name=name)) for name in names],
             )
         return list(names), forced
 
-    def _by_text(self, hidden: Tensor) -> list[ObjectSlices]:
+    def _by_text(self, hidden: Tensor, stages: Stages, cancel: Event | None = None) -> list[ObjectSlices]:
         """(B, E, H) states -> objects."""
-        features = self._slice_features()
-        with self.stages.measure("masks"):
-            return self._engine.segmenter.by_text(features, self._engine.embeddings(hidden))
+        return self._work.by_text(hidden, stages, cancel).result()
 
-    def _segmentation(
-        self, name: str, text: str, shown: ObjectSlices | None, timings: dict[str, float]
-    ) -> Segmentation:
-        common = {"name": name, "volume": self.volume, "text": text, "transform": self.transform, "timings": timings}
+    def _found(self, name: str, text: str, job: Job[list[ObjectSlices]], stages: Stages) -> Segmentation:
+        """The one object of a job that is ready."""
+        with self._engine.using(self):
+            (shown,) = job.result()
+            return self._segmentation(name, text, shown, stages)
+
+    def _segmentation(self, name: str, text: str, shown: ObjectSlices | None, stages: Stages) -> Segmentation:
+        common = {"name": name, "volume": self.volume, "text": text, "transform": self.transform}
         if shown is None:
-            return Segmentation(absent=True, **common)
+            return Segmentation(absent=True, timings=dict(stages), **common)
         scores = [round(score, 4) for score in shown.scores.float().tolist()]
         return Segmentation(
-            absent=False, logits=shown.logits, present=shown.present, scores=scores, start=shown.start, **common
+            absent=False,
+            logits=shown.logits,
+            present=shown.present,
+            scores=scores,
+            start=shown.start,
+            timings=dict(stages),
+            **common,
         )
 
-    def _steps(
-        self, text: str, history: Sequence[tuple[str, str]], max_tokens: int, cancel: Event | None
-    ) -> Iterator[Any]:
-        ids = self.prompt_ids(text, history)
-        with self._engine.using(self):
-            prefix = self._language_prefix()
-        steps = self._engine.language.generate(
-            prefix, ids, max_tokens=min(max_tokens, self._engine.room - len(ids)), cancel=cancel
-        )
-        while True:
-            # The lock is held for a token at a time, so that a slow reader of the stream blocks nobody.
-            with self._engine.lock, self.stages.measure("language"):
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+    def _rounds(
+        self, ids: Sequence[Sequence[int]], max_tokens: int, cancel: Event | None, stages: Stages
+    ) -> Iterator[list[Any]]:
+        """The answers to questions token by token, side by side."""
+        engine = self._engine
+        with engine.using(self):
+            prefix = self._work.prefix(stages)
+        limits = [min(max_tokens, engine.room - len(own)) for own in ids]
+        rounds = engine.language.generate_all(prefix, ids, max_tokens=limits, cancel=cancel)
+        try:
+            while True:
+                # The lock is held for a token at a time, so that a slow reader of the stream blocks nobody.
+                with engine.lock, stages.measure("language"):
+                    steps = next(rounds, None)
+                if steps is None:
+                    return
+                yield steps
+        finally:
+            with engine.lock:
+                rounds.close()
 
     def _checked(self, ids: list[int], text: str) -> list[int]:
         if not text.strip():
@@ -332,21 +362,3 @@ class VolumeSession:
         if len(ids) >= self._engine.room:
             raise InputError(f"text: {len(ids)} tokens, but there is room for {self._engine.room - 1}; shorten it")
         return ids
-
-    def _language_prefix(self) -> Any:
-        if self._prefix is None:
-            with self.stages.measure("vision"):
-                grid = self._engine.processor.encoder_grid(self._scan, self.transform)
-                visual = self._engine.visual_tokens(grid)
-            with self.stages.measure("prefix"):
-                self._prefix = self._engine.language.prefix(visual)
-        return self._prefix
-
-    def _slice_features(self) -> SliceFeatures:
-        if self._features is None:
-            with self.stages.measure("slices"):
-                self._features = self._engine.segmenter.encode(
-                    lambda start, stop: self._engine.processor.slice_images(self._scan, self.transform, start, stop),
-                    self.transform.slices,
-                )
-        return self._features

@@ -101,6 +101,9 @@ class AnswerRows:
         for own, (keys, values) in zip(self._layers, prefix):
             own.keys[:, :, :begin].copy_(keys)
             own.values[:, :, :begin].copy_(values)
+            # Nobody sees what is left of another's answer, but a weight of zero would not stop an infinity in it.
+            own.keys[:, :, begin:].zero_()
+            own.values[:, :, begin:].zero_()
         width = max(map(len, questions))
         ids = torch.tensor([[padding] * (width - len(q)) + list(q) for q in questions], device=device)
         blank = torch.tensor([width - len(q) for q in questions], device=device)[:, None]

@@ -16,8 +16,9 @@ from medvl_sam2.engine.language.rows import AnswerRows
 from medvl_sam2.model.language import LanguageModel
 from medvl_sam2.model.prompts import ChatTokens
 
-# Of a recorded decoder: places of its cache come in steps of the first, up to the second; the last few are kept.
-_PLACES, _STATIC_LENGTH, _KEPT = 256, 2048, 3
+# Of a recorded decoder: the length of its caches comes in steps of the first, up to the second; the ones used last are
+# kept, of so many places together.
+_STEP, _LONGEST, _KEPT = 256, 2048, 16_384
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class TransformersBackend(LanguageBackend):
     def _take_rows(self, prefix: Prefix, count: int, length: int) -> AnswerRows:
         like, layers = prefix.cache.layers[0].keys, len(prefix.cache.layers)
         static = self._device.type == "cuda" if self.static is None else self.static
-        if static and length <= _STATIC_LENGTH:
+        if static and length <= _LONGEST:
             # Few shapes, so that their graphs are met again.
-            length = -(-length // _PLACES) * _PLACES
+            length = -(-length // _STEP) * _STEP
             if kept := self._kept.pop((count, length), None):
                 return kept
             return AnswerRows(self.model, like, layers, count, length, static=True)
@@ -125,7 +126,7 @@ class TransformersBackend(LanguageBackend):
     def _give_rows(self, rows: AnswerRows) -> None:
         if rows.static:
             self._kept[rows.count, rows.length] = rows
-            while len(self._kept) > _KEPT:
+            while sum(count * length for count, length in self._kept) > _KEPT:
                 self._kept.popitem(last=False)
 
     @torch.inference_mode()

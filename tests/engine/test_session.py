@@ -1,13 +1,18 @@
 """Sessions: the way from a question or click to answers and masks on the scan's own grid."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from medvl_sam2.engine.beside import Beside
+from medvl_sam2.engine.cancelling import Cancelled, check
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.language.base import Step
@@ -170,7 +175,7 @@ def test_prompts_that_make_no_sense(session, arguments, words):
 
 def test_negative_point_alone_starts_where_the_text_is_found(session):
     by_text = session._engine.segmenter.by_prompts(
-        session._slice_features(), {}, None, session._engine.embeddings(torch.ones(1, 1, 64))
+        session._work.features(session.stages).result(), {}, None, session._engine.embeddings(torch.ones(1, 1, 64))
     )
     found = session.segment("liver", points=[(1, 1, 2, -1)])
     assert isinstance(by_text.start, int)
@@ -193,10 +198,11 @@ def test_several_objects_in_one_request_are_joined(session, monkeypatch):
     ids = chat.answer("Left kidney: [SEG]. Right kidney: [SEG].")[:-1]
     states = iter(torch.randn(2, 64, generator=torch.Generator().manual_seed(5)))
     said = [Step(token, next(states) if token == chat.seg_id else None) for token in ids]
-    monkeypatch.setattr(session._engine.language, "generate", lambda *_, **__: iter(said))
+    monkeypatch.setattr(session._engine.language, "generate_all", lambda *_, **__: iter([step] for step in said))
     decide(monkeypatch, session, margin=-1.0, first=ids[0])
     found = session.segment("kidneys")
-    parts = [session._by_text(step.hidden[None, None])[0] for step in said if step.hidden is not None]
+    states = [step.hidden for step in said if step.hidden is not None]
+    parts = [session._by_text(state[None, None], session.stages)[0] for state in states]
     assert found.text.startswith("Left kidney:")
     assert torch.equal(found.present, parts[0].present | parts[1].present)
     inside = [(part.logits > 0) & part.present[:, None, None] for part in parts]
@@ -208,12 +214,12 @@ def test_chat_gives_text_and_masks_as_they_come(session, monkeypatch):
     ids = chat.answer("Liver: [SEG]. Left kidney: [SEG].")[:-1]
     seen = {}
 
-    def said(prefix, prompt, **_):
-        seen["ids"] = prompt
+    def said(prefix, prompts, **_):
+        (seen["ids"],) = prompts
         for token in ids:
-            yield Step(token, torch.ones(64) if token == chat.seg_id else None)
+            yield [Step(token, torch.ones(64) if token == chat.seg_id else None)]
 
-    monkeypatch.setattr(session._engine.language, "generate", said)
+    monkeypatch.setattr(session._engine.language, "generate_all", said)
     events = list(session.chat("Segment the liver and the left kidney.", history=[("Hello", "Yes?")]))
     masks = [event.segmentation for event in events if event.segmentation]
     assert [mask.name for mask in masks] == ["liver", "left kidney"]
@@ -233,6 +239,173 @@ def test_chat_streams_the_text_of_ask(session):
 def test_text_that_cannot_be_asked(session, text):
     with pytest.raises(InputError, match="text"):
         session.ask(text)
+
+
+def test_questions_together_are_answered_as_each_alone(session):
+    texts = ["What is seen?", "Is the liver on the left?", "Is there a nodule in the left lung?"]
+    choices = [None, ("yes", "no"), None]
+    alone = [session.ask(text, own, max_tokens=12) for text, own in zip(texts, choices)]
+    together = session.ask_all(texts, choices, max_tokens=12)
+    assert [(a.text, a.choice, a.tokens) for a in together] == [(a.text, a.choice, a.tokens) for a in alone]
+    assert len({a.text for a in alone}) > 1
+    assert session.ask_all([]) == []
+    with pytest.raises(InputError, match="text"):
+        session.ask_all(["What is seen?", ""])
+
+
+class Lane:
+    """Two streams in words: what waits for what, and which memory each side is told of."""
+
+    def __init__(self):
+        self.for_work, self.for_asker, self.done = [], [], 0
+
+    def leave(self, tensors):
+        self.for_work.append([tuple(tensor.shape) for tensor in tensors])
+        return len(self.for_work)
+
+    @contextmanager
+    def inside(self, mark):
+        assert mark == self.done + 1, "the work waits for what was there when it was handed over"
+        try:
+            yield
+        finally:
+            self.done += 1
+
+    def mark(self):
+        return self.done + 1
+
+    def take(self, tensors, mark):
+        self.for_asker.append((mark, {tuple(tensor.shape) for tensor in tensors}))
+
+
+@pytest.fixture
+def beside(engine, monkeypatch):
+    """As on a GPU: SAM2's work in a thread, beside a lane that notes what happens."""
+    lane = Lane()
+    monkeypatch.setattr(engine, "beside", Beside(lane))
+    return lane
+
+
+def test_image_features_are_computed_while_the_language_model_reads(session, engine, beside, monkeypatch):
+    begun, read = threading.Event(), threading.Event()
+    encode, prefix = engine.segmenter.encode, engine.language.prefix
+
+    def encode_when_reading(*args):
+        begun.set()
+        assert read.wait(20), "the language model waits for the image features"
+        return encode(*args)
+
+    def read_when_encoding(visual):
+        assert begun.wait(20), "the image features wait for the language model"
+        read.set()
+        return prefix(visual)
+
+    monkeypatch.setattr(engine.segmenter, "encode", encode_when_reading)
+    monkeypatch.setattr(engine.language, "prefix", read_when_encoding)
+    found = session.segment("liver", points=[(18, 20, 9)])
+    monkeypatch.undo()
+    assert {"vision", "prefix", "slices", "language", "masks"} <= set(found.timings)
+    features, prompts = beside.for_work
+    assert features == []
+    assert (1, 1, engine.config.sam2.d_model) in prompts
+    # The masks' job takes the features, and the request takes the masks, each behind the mark of what made them.
+    assert [mark for mark, _ in beside.for_asker] == [1, 2]
+    assert tuple(found.logits.shape) in beside.for_asker[1][1]
+    sequential = engine.open(session.volume).segment("liver", points=[(18, 20, 9)])
+    torch.testing.assert_close(found.logits, sequential.logits)
+
+
+def test_masks_are_computed_while_the_text_goes_on(session, engine, beside, monkeypatch):
+    chat = engine.chat
+    ids = chat.answer("Liver: [SEG]. That is all.")[:-1]
+    spoken, by_text = threading.Event(), engine.segmenter.by_text
+
+    def said(prefix, prompts, **_):
+        for number, token in enumerate(ids):
+            yield [Step(token, torch.ones(64) if token == chat.seg_id else None)]
+            if number == len(ids) - 2:
+                spoken.set()
+
+    def mask_when_spoken(*args):
+        assert spoken.wait(20), "the text waits for the mask"
+        return by_text(*args)
+
+    monkeypatch.setattr(engine.language, "generate_all", said)
+    monkeypatch.setattr(engine.segmenter, "by_text", mask_when_spoken)
+    events = list(session.chat("Segment the liver."))
+    kinds = ["mask" if event.segmentation else "text" for event in events]
+    assert kinds.count("mask") == 1
+    assert kinds.index("mask") > kinds.index("text") + 2
+    assert events[-1].finish == "stop"
+    (mask,) = [event.segmentation for event in events if event.segmentation]
+    assert mask.name == "liver"
+    monkeypatch.undo()
+    expected = session._by_text(torch.ones(1, 1, 64), session.stages)[0]
+    torch.testing.assert_close(mask.logits, expected.logits)
+
+
+def test_work_beside_that_fails_or_is_left_ends_with_its_request(session, engine, beside, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.segmenter, "encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.segment(None, points=[(18, 20, 9)])
+    assert session.segment(None, points=[(18, 20, 9)]).mask.shape == session.volume.shape
+    chat, seen = engine.chat, []
+
+    def said(prefix, prompts, **_):
+        yield [Step(chat.seg_id, torch.ones(64))]
+        yield [Step(chat.answer("the")[0])]
+
+    def slow(features, embeddings, cancel):
+        assert cancel.wait(20), "nobody told the mask that the listener has left"
+        seen.append(cancel)
+        check(cancel)
+
+    monkeypatch.setattr(engine.language, "generate_all", said)
+    monkeypatch.setattr(engine.segmenter, "by_text", slow)
+    events = session.chat("Segment the liver.")
+    assert next(events).text
+    events.close()
+    engine.beside.start(lambda: None).result()
+    assert len(seen) == 1
+
+
+def test_cancelled_request_leaves_the_session_usable(session, monkeypatch):
+    expected, cancel = session.segment("liver", points=[(18, 20, 9)]), Event()
+    cancel.set()
+    for call in (session.segment_all, session.segment):
+        with pytest.raises(Cancelled):
+            call(["liver"] if call == session.segment_all else "liver", cancel=cancel)
+    session.release()
+    cancel.clear()
+    encode = session._engine.segmenter.encode
+
+    def give_up(*args):
+        cancel.set()
+        return encode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._engine.segmenter, "encode", give_up)
+        with pytest.raises(Cancelled):
+            session.segment("liver", points=[(18, 20, 9)], cancel=cancel)
+    again = session.segment("liver", points=[(18, 20, 9)])
+    torch.testing.assert_close(again.logits, expected.logits)
+
+
+def test_times_are_each_requests_own(session, engine, monkeypatch):
+    word = engine.chat.answer("the")[0]
+    monkeypatch.setattr(engine.language, "generate_all", lambda *_, **__: iter([[Step(word)]] * 6))
+    first = session.segment("liver", points=[(18, 20, 9)])
+    before = dict(session.stages)
+    stream = session.chat("What is seen?", max_tokens=6)
+    next(stream)
+    between = session.segment("liver", points=[(18, 20, 9)])
+    last = list(stream)[-1]
+    assert set(last.timings) == {"language"}
+    assert set(between.timings) == {"language", "masks"}
+    assert 0 < between.timings["masks"] <= session.stages["masks"] - before["masks"]
+    parts = [timings["language"] for timings in (first.timings, between.timings, last.timings)]
+    assert sum(parts) <= session.stages["language"]
 
 
 def test_failed_request_leaves_the_session_usable(session, monkeypatch):
@@ -274,6 +447,12 @@ def test_cache_is_bounded_and_lets_the_oldest_go(small_model, tmp_path):
     volume = ball(99)
     nib.save(nib.Nifti1Image(volume.to_source(volume.voxels)[:-1], volume.source.affine), tmp_path / "a.nii")
     assert engine.open(tmp_path / "a.nii") is not a, "a changed file is another scan"
+    b.encode()
+    assert b.nbytes > 0
+    assert a.nbytes == 0, "a session that was let go counts again when it is used"
+    held = engine.open(ball(98)).encode()
+    assert held.nbytes > 0
+    assert c.nbytes == 0, "scans from memory share the bound"
 
 
 def test_slice_between_present_and_empty_is_shared_half_way():
