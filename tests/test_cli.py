@@ -14,10 +14,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from medvl_sam2.cli import main
 from medvl_sam2.engine.language.transformers import TransformersBackend
+from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.training.phantom import Phantom
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,6 +352,35 @@ def test_train_config_mistakes(run, tmp_path):
     assert_input_error(run("train", "--config", "no-such", "--out", tmp_path / "t"), "no-such")
     assert_input_error(run("train", "--set", "stage1.stepz=3", "--out", tmp_path / "t"), "stepz")
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_convert_for_vllm_writes_what_plain_transformers_loads(run, tmp_path, small_model, merge):
+    # The tiny weights are of half precision, in which a sum is another number; the small model's are not.
+    out, source = tmp_path / "out", small_model if merge else "tiny"
+    arguments = ["convert", "--for", "vllm", "--model", source, "-o", out, "--json", *["--merge"] * merge]
+    status, text, _ = run(*arguments)
+    assert status == 0
+    assert json.loads(text.splitlines()[-1])["language"] == str(out)
+    base, adapter = out / "base", out / "adapter"
+    assert sorted(file.name for file in base.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((base / "config.json").read_text())
+    assert (config["architectures"], config["tie_word_embeddings"]) == (["Qwen2ForCausalLM"], False)
+    assert adapter.exists() == (not merge)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if not merge:
+        lora = json.loads((adapter / "adapter_config.json").read_text())
+        assert lora["base_model_name_or_path"] == "base"
+        assert not lora["modules_to_save"], "vLLM refuses adapters with whole modules"
+        assert all("lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
+        loaded = PeftModel.from_pretrained(loaded, adapter).eval()
+    model = MedVLSAM2.from_pretrained(source, dtype=torch.float32)
+    ids = torch.tensor([model.chat.question("Segment the liver.") + model.chat.answer("It is [SEG].")])
+    with torch.no_grad():
+        expected = model.language.logits(model.language.hidden(model.language.embed(ids)))
+        torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert_input_error(run(*arguments), out)
+    assert_input_error(run("convert", "--for", "vllm", "--model", "tiny"), "-o DIR")
 
 
 def test_convert_refuses_code_and_leaves_nothing(run, small_model, tmp_path):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
+from medvl_sam2.engine.cancelling import check
 from medvl_sam2.engine.segmentation import Segmentation
-from medvl_sam2.engine.server.errors import Cancelled, as_api_error
+from medvl_sam2.engine.server.errors import as_api_error
 from medvl_sam2.engine.server.masks import StoredMask, describe
 from medvl_sam2.engine.server.metrics import Metrics
 from medvl_sam2.engine.server.schemas import (
@@ -67,16 +68,15 @@ class Chat:
         """
         words = [message.words() for message in self.body.messages]
         history = list(zip(words[:-1:2], words[1::2]))
-        tokens = 0
+        tokens, timings = 0, {}
         with self.store.using(self.volume) as session:
-            before = dict(session.stages)
             events = session.chat(words[-1], history=history, max_tokens=self.body.limit, cancel=cancel)
             try:
                 # Closed in any case, so that the language backend lets go of a request that nobody waits for.
                 with closing(events):
                     for event in events:
-                        if cancel.is_set():
-                            raise Cancelled
+                        check(cancel)
+                        timings = event.timings
                         if not tokens and event.tokens:
                             self.metrics.first_token_seconds.observe(time.perf_counter() - self.asked)
                         tokens = event.tokens
@@ -87,7 +87,7 @@ class Chat:
                         yield Piece(event.text, self._mask(event.segmentation), event.finish, usage)
             finally:
                 self.metrics.tokens.inc(tokens)
-                self.metrics.observe_work(session.stages.since(before))
+                self.metrics.observe_work(timings)
 
     def _mask(self, found: Segmentation | None) -> Mask | None:
         if found is None:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from medvl_sam2.engine.cancelling import Cancelled
 from medvl_sam2.engine.geometry import InputError
 
 logger = logging.getLogger(__name__)
@@ -57,13 +58,6 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-class Cancelled(ApiError):
-    """Work that was ended before it was done: nobody waits for it, or the server stops."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "cancelled", "the server is shutting down; come again", {"Retry-After": "30"})
-
-
 def disk_full(cause: Exception) -> ApiError:
     """The answer when a file of the server's own cannot be written; the cause is logged."""
     logger.error("the disk takes no more: %s", cause)
@@ -74,6 +68,9 @@ def as_api_error(error: Exception) -> ApiError:
     """The answer to an exception; what is not the user's doing is logged, and not shown."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Cancelled):
+        # Seen by those who still wait alone, whose work only the end of the server cancels.
+        return ApiError(503, "cancelled", "the server is shutting down; come again", {"Retry-After": "30"})
     if isinstance(error, InputError):
         return ApiError(400, "invalid_input", str(error))
     logger.error("a request failed", exc_info=error)
@@ -106,6 +103,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(InputError, known)
+    app.add_exception_handler(Cancelled, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, known)

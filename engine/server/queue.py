@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError, Cancelled
+from medvl_sam2.engine.cancelling import check
+from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError
 from medvl_sam2.engine.server.metrics import Metrics
 from medvl_sam2.engine.server.settings import ServerSettings
 
@@ -128,8 +129,7 @@ class RequestQueue:
             self._metrics.queue_seconds.observe(start - asked)
             self._count(1)
             try:
-                if cancel.is_set():
-                    raise Cancelled
+                check(cancel)
                 return work(cancel)
             finally:
                 self._seconds += 0.2 * (time.monotonic() - start - self._seconds)

@@ -12,8 +12,9 @@ from starlette.requests import ClientDisconnect
 
 from medvl_sam2 import __version__
 from medvl_sam2.engine.engine import MedVLEngine
+from medvl_sam2.engine.segmentation import Segmentation
 from medvl_sam2.engine.server.chat import Chat
-from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError, Cancelled, responses
+from medvl_sam2.engine.server.errors import CLIENT_GONE, ApiError, responses
 from medvl_sam2.engine.server.masks import StoredMask, describe
 from medvl_sam2.engine.server.metrics import Metrics
 from medvl_sam2.engine.server.queue import RequestQueue
@@ -23,6 +24,7 @@ from medvl_sam2.engine.server.schemas import (
     Deleted,
     Health,
     Mask,
+    MaskList,
     ModelCard,
     ModelList,
     Report,
@@ -173,11 +175,11 @@ def delete_volume(server: Shared, volume: Owned) -> Deleted:
 @router.post(
     "/v1/volumes/{volume_id}/segment",
     tags=["volumes"],
-    response_model=Mask,
+    response_model=Mask | MaskList,
     responses={**responses(404, 429, 503, 504), 200: {"content": {_NIFTI: {"schema": _FILE}}}},
 )
 async def segment(server: Shared, request: Request, volume: Owned, body: SegmentRequest) -> Any:
-    """Segment one object by words, points, a box, or all of them; or refine a mask by more points.
+    """Segment one object by words, points, a box, or all of them; several by words; or refine a mask by more points.
 
     With format "nifti" the answer is a .nii.gz on the scan's own grid, and its header X-Mask-Id names the mask.
     """
@@ -188,21 +190,22 @@ async def segment(server: Shared, request: Request, volume: Owned, body: Segment
             raise ApiError(400, "invalid_input", f"space: expected {refined.space!r} as in the mask, got {space!r}")
         target, points, box, space = refined.target, [*refined.points, *points], refined.box, refined.space
 
-    def work(cancel: Event) -> Response | Mask:
+    def work(cancel: Event) -> Response | Mask | MaskList:
         with server.store.using(volume) as session:
-            # Waited for here and not in the session, so that a request that was given up in line does no work.
-            with server.engine.lock:
-                if cancel.is_set():
-                    raise Cancelled
-                found = session.segment(target, points=points or None, box=box, space=space)
+            if body.targets is not None:
+                every = session.segment_all(body.targets, cancel=cancel)
+                server.metrics.observe_work(every[0].timings)
+                return MaskList(data=[kept(found, asked)[1] for asked, found in zip(body.targets, every)])
+            found = session.segment(target, points=points or None, box=box, space=space, cancel=cancel)
             server.metrics.observe_work(found.timings)
-            server.metrics.masks.inc()
-            asked = (target, tuple(map(tuple, points)), None if box is None else tuple(box), space)
-            stored = StoredMask.of(found, *asked)
-            server.store.keep(volume, stored)
-            if body.format == "rle":
-                return describe(stored, found, volume.id)
-            return _nifti(stored, stored.nifti(session.volume))
+            stored, mask = kept(found, target, tuple(map(tuple, points)), None if box is None else tuple(box), space)
+            return mask if body.format == "rle" else _nifti(stored, stored.nifti(session.volume))
+
+    def kept(found: Segmentation, *asked: Any) -> tuple[StoredMask, Mask]:
+        stored = StoredMask.of(found, *asked)
+        server.metrics.masks.inc()
+        server.store.keep(volume, stored)
+        return stored, describe(stored, found, volume.id)
 
     return await server.queue.run(request, work)
 

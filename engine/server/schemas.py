@@ -81,11 +81,21 @@ class Mask(BaseModel):
     rle: Rle
 
 
+class MaskList(BaseModel):
+    """Several objects, in the order in which they were asked for."""
+
+    object: Literal["list"] = "list"
+    data: list[Mask]
+
+
 class SegmentRequest(BaseModel):
     """What to segment."""
 
     model_config = ConfigDict(extra="forbid")
     target: Text | None = Field(None, description="Name, description, or a whole request that ends in punctuation")
+    targets: Annotated[list[Text], Field(min_length=1, max_length=32)] | None = Field(
+        None, description="Several of them, as one batch; the answer is a list of masks"
+    )
     points: list[Point] | None = Field(None, max_length=256)
     box: Box | None = None
     space: Literal["voxel", "ras", "lps"] = Field("voxel", description="Of points and box: index, or millimetres")
@@ -94,7 +104,11 @@ class SegmentRequest(BaseModel):
 
     @model_validator(mode="after")
     def _something(self) -> "SegmentRequest":
-        if self.mask_id is not None:
+        if self.targets is not None:
+            others = (self.target, self.points, self.box, self.mask_id)
+            if any(other is not None for other in others) or self.format != "rle":
+                raise ValueError("targets: expected nothing beside them, and format rle; download masks by their ids")
+        elif self.mask_id is not None:
             if not self.points or self.target is not None or self.box is not None:
                 raise ValueError("mask_id: expected points to add, and neither target nor box")
         elif self.target is None and not self.points and self.box is None:

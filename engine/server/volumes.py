@@ -20,10 +20,11 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from medvl_sam2.engine.cancelling import check
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.files import make_folder, write_text
 from medvl_sam2.engine.geometry import InputError
-from medvl_sam2.engine.server.errors import ApiError, Cancelled, disk_full
+from medvl_sam2.engine.server.errors import ApiError, disk_full
 from medvl_sam2.engine.server.masks import StoredMask
 from medvl_sam2.engine.server.schemas import VolumeInfo
 from medvl_sam2.engine.server.settings import ServerSettings
@@ -183,8 +184,7 @@ class VolumeStore:
                 warnings=list(scan.warnings),
             )
             with self._lock:
-                if cancel.is_set():
-                    raise Cancelled
+                check(cancel)
                 self.check_quota(volume.owner)
                 self._record(volume)
             return self.info(volume)

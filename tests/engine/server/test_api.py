@@ -93,6 +93,17 @@ def test_mask_by_text_and_report_equal_the_engines(client, scan, upload, engine)
     assert report["tokens"] <= 20
 
 
+def test_several_masks_of_one_request_are_those_asked_for_one_by_one(client, scan, upload, engine):
+    url = f"/v1/volumes/{upload(client, scan)['id']}"
+    names = ["liver", "left kidney", "aorta"]
+    answer = client.post(f"{url}/segment", json={"targets": names}).json()
+    assert [mask["name"] for mask in answer["data"]] == names
+    for name, mask in zip(names, answer["data"]):
+        alone = client.post(f"{url}/segment", json={"target": name}).json()
+        assert {**mask, "id": 0} == {**alone, "id": 0}
+        assert client.get(f"{url}/masks/{mask['id']}").status_code == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -108,6 +119,10 @@ def test_mask_by_text_and_report_equal_the_engines(client, scan, upload, engine)
         {"target": "liver", "space": "moon"},
         {"target": "liver", "surprise": 1},
         {"target": "word " * 3000},
+        {"targets": []},
+        {"targets": ["liver"], "points": [[10, 12, 6]]},
+        {"targets": ["liver", ""]},
+        {"targets": ["liver"], "format": "nifti"},
     ],
 )
 def test_segment_requests_that_make_no_sense(client, scan, upload, body):
@@ -122,11 +137,11 @@ def say(monkeypatch, engine, text: str) -> None:
     """Make the model say a text with [SEG] in it."""
     ids = engine.chat.answer(text)[:-1]
 
-    def said(prefix, prompt, *, max_tokens=512, cancel=None):
-        for token in ids[:max_tokens]:
-            yield Step(token, torch.ones(64) if token == engine.chat.seg_id else None)
+    def said(prefix, prompts, *, max_tokens, cancel=None):
+        for token in ids[: max_tokens[0]]:
+            yield [Step(token, torch.ones(64) if token == engine.chat.seg_id else None)]
 
-    monkeypatch.setattr(engine.language, "generate", said)
+    monkeypatch.setattr(engine.language, "generate_all", said)
 
 
 @pytest.fixture

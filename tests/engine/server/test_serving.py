@@ -2,11 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import nibabel as nib
@@ -16,7 +18,9 @@ from fastapi.testclient import TestClient
 
 from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.engine.language.base import Step
+from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.server.auth import ApiKeys, check_host
+from medvl_sam2.model.prompts import SEGMENT_ANSWER
 
 KEYS = ["alice-has-a-long-key", "bob-has-another-long-key"]
 NONE = "vol_" + "0" * 24
@@ -42,19 +46,19 @@ class Slow:
         self.go.set()
         word = engine.chat.answer("the")[0]
 
-        def said(prefix, prompt, *, max_tokens=512, cancel=None):
-            left = max_tokens
+        def said(prefix, prompts, *, max_tokens, cancel=None):
+            (left,) = max_tokens
             try:
                 while left and not cancel.is_set():
                     self.go.wait(30)
                     time.sleep(pause)
                     self.tokens += 1
                     left -= 1
-                    yield Step(word)
+                    yield [Step(word)]
             finally:
                 self.cancelled += left > 0
 
-        monkeypatch.setattr(engine.language, "generate", said)
+        monkeypatch.setattr(engine.language, "generate_all", said)
 
 
 def ask(url: str, volume: str, **options) -> httpx.Response:
@@ -241,6 +245,47 @@ def test_client_that_hangs_up_while_it_waits(make_app, serving, scan, upload, en
             httpx.post(f"{url}/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=1))
         until(lambda: slow.cancelled == 1)
         assert slow.tokens < 400
+
+
+@pytest.mark.parametrize("body", [{"points": [[10, 12, 6]]}, {"targets": ["liver", "spleen"]}], ids=["one", "several"])
+def test_client_that_hangs_up_while_its_masks_are_made(make_app, serving, scan, upload, engine, monkeypatch, body):
+    """The work ends before the next slice, and the scan is as it was."""
+    held, started, gone, step, done = threading.Event(), threading.Event(), threading.Event(), SliceRunner.step, []
+
+    def stepped(self, *args):
+        done.append(1)
+        if held.is_set():
+            started.set()
+            assert gone.wait(60)
+        return step(self, *args)
+
+    forced, first = engine.language.forced, engine.chat.answer(SEGMENT_ANSWER)[0]
+    monkeypatch.setattr(engine.language, "forced", lambda *a: [replace(r, margin=1.0, first=first) for r in forced(*a)])
+    monkeypatch.setattr(SliceRunner, "step", stepped)
+    app = make_app(workers=1)
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as http:
+        at = f"/v1/volumes/{upload(http, scan)['id']}/segment"
+        before = http.post(at, json=body).json()
+        assert len(done) >= 8
+        done.clear()
+        held.set()
+        content = json.dumps(body)
+        head = (
+            f"POST {at} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        )
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port)) as line:
+            line.sendall(f"{head}\r\n\r\n{content}".encode())
+            assert started.wait(60)
+        queue = app.state.server.queue
+        until(lambda: any(cancel.is_set() for cancel in list(queue._cancels)))
+        gone.set()
+        until(lambda: "medvl_sam2_queue_running 0.0" in http.get("/metrics").text)
+        assert len(done) == 1
+        held.clear()
+        after = http.post(at, json=body).json()
+        masks = [answer.get("data", [answer]) for answer in (before, after)]
+        assert [mask["rle"] for mask in masks[0]] == [mask["rle"] for mask in masks[1]]
 
 
 def test_shutdown_finishes_what_runs(make_app, serving, scan, upload, engine, monkeypatch):
