@@ -56,7 +56,7 @@ def run(
     on_cuda = engine.device.type == "cuda"
     if on_cuda:
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    with profile(activities=activities, profile_memory=True) as profiler:
         session = engine.open(volume)
         session.stages = MarkedStages(engine.device)
         _requests(session, target, tokens)

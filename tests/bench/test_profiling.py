@@ -13,7 +13,7 @@ from medvl_sam2.engine.engine import MedVLEngine
 
 def test_a_trace_names_the_stages_and_carries_the_memory(small_model, tmp_path):
     engine = MedVLEngine.from_pretrained(small_model, device="cpu", dtype="float32")
-    found = profiling.run(engine, made_up_scan(6, 40), tmp_path, tokens=2)
+    found = profiling.run(engine, made_up_scan(1, 32), tmp_path, tokens=1)
     trace = json.loads(gzip.decompress(found["trace"].read_bytes()))
     names = {event.get("name") for event in trace["traceEvents"]}
     stages = {"vision", "prefix", "language", "slices", "masks", "voxels"}

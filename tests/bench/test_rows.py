@@ -117,14 +117,14 @@ def test_operations_are_counted_by_their_closed_forms():
 
 
 def test_the_mixers_products_are_counted():
-    tokens, fewer, hidden, width, across = 16, 4, 12, 8, 20
+    tokens, fewer, width, wider = 16, 4, 8, 20
     x = torch.randn(2, tokens, width)
     weights = [
-        *(torch.ones(width), torch.zeros(width), torch.randn(hidden, tokens), torch.zeros(hidden)),
-        *(torch.randn(fewer, hidden), torch.zeros(fewer), torch.ones(width), torch.zeros(width)),
-        *(torch.randn(across, width), torch.zeros(across), torch.randn(width, across), torch.zeros(width)),
+        *(torch.ones(width), torch.zeros(width), torch.randn(fewer, tokens), torch.zeros(fewer)),
+        *(torch.randn(fewer, fewer), torch.zeros(fewer), torch.ones(width), torch.zeros(width)),
+        *(torch.randn(wider, width), torch.zeros(wider), torch.randn(wider, wider), torch.zeros(wider)),
     ]
-    want = 2 * 2 * (hidden * tokens * width + fewer * hidden * width + 2 * fewer * width * across)
+    want = 2 * 2 * (fewer * (tokens + fewer) * width + fewer * wider * (width + wider))
     assert count_flops(lambda: mixer_layer(x, *weights)) == want
 
 
