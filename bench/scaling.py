@@ -18,11 +18,12 @@ from medvl_sam2.engine.geometry import Volume
 from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.text import requested
 from medvl_sam2.model.processing import ScanArray
-from medvl_sam2.model.prompts import SEGMENT_ANSWER
 from medvl_sam2.model.sam2 import SAM2
 from medvl_sam2.model.sam2.config import PATCH_STRIDE
 
 AXES = ("slices", "objects", "resolution", "batch")
+# Of each answer in a batch.
+TOKENS = 8
 
 
 def run(setting: Setting, *, most: int = 16, slices: int = 8, rounds: int = 3) -> tuple[list[Row], list[Row]]:
@@ -76,8 +77,11 @@ def axes(setting: Setting, most: int, slices: int) -> dict[str, dict[int, Callab
     counts = [2**n for n in range(most.bit_length()) if 2**n <= min(most, len(NAMES))]
     visual = setting.reference.visual_tokens(scan, engine.processor.transform(scan))
     prefix = engine.language.prefix(visual)
-    answer = engine.chat.answer(SEGMENT_ANSWER)
     asked = [engine.chat.question(requested(name)[1]) for name in NAMES]
+
+    def answers(count: int) -> list[object]:
+        return list(engine.language.generate_all(prefix, asked[:count], max_tokens=[TOKENS] * count))
+
     return {
         "slices": {
             n: lambda n=n: segmented(engine.open(_thin(setting, n)), NAMES[:1])
@@ -85,7 +89,7 @@ def axes(setting: Setting, most: int, slices: int) -> dict[str, dict[int, Callab
         },
         "objects": {n: lambda n=n: segmented(known, NAMES[:n]) for n in counts},
         "resolution": _resolutions(setting, min(4, slices)),
-        "batch": {n: lambda n=n: engine.language.forced(prefix, asked[:n], answer, [None] * n) for n in counts},
+        "batch": {n: lambda n=n: answers(n) for n in counts},
     }
 
 
