@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medvl_sam2.bench.operations import OPERATIONS, Case, cases
+from medvl_sam2.bench.operations import Case, cases, chosen
 from medvl_sam2.kernels._common import why_not_triton
 from medvl_sam2.kernels._tuning import gpu_name
 from medvl_sam2.kernels.attention import attention_status
@@ -77,9 +77,10 @@ def run(
     for what, given, known in (("dtype", dtypes, DTYPES), ("mode", modes, MODES), ("provider", providers, PROVIDERS)):
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"bench kernels: expected a {what} of {', '.join(known)}, got {', '.join(unknown)}")
+    operations = chosen(operations)
     about, found = environment(device), []
     ceilings = {dtype: measure_ceilings(device, DTYPES[dtype]) for dtype in dtypes}
-    for name, dtype in product(operations or OPERATIONS, dtypes):
+    for name, dtype in product(operations, dtypes):
         torch.manual_seed(42)
         for case in cases(name, small=not on_cuda if small is None else small, device=device, dtype=DTYPES[dtype]):
             for mode in modes:

@@ -5,7 +5,7 @@ the best form that PyTorch's own kernels give. Sizes come in two scales: ``model
 CPU in a continuous-integration machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -352,12 +352,17 @@ OPERATIONS = {
 }
 
 
-def cases(operation: str, *, small: bool, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Make the cases of one operation, with fresh random inputs.
+def chosen(operations: Sequence[str] | None) -> Sequence[str]:
+    """The operations asked for; all of them for None.
 
     Raises:
         ValueError: There is no such operation.
     """
-    if operation not in OPERATIONS:
-        raise ValueError(f"bench kernels: expected an operation of {', '.join(OPERATIONS)}, got {operation!r}")
+    if unknown := [name for name in operations or () if name not in OPERATIONS]:
+        raise ValueError(f"bench kernels: expected an operation of {', '.join(OPERATIONS)}, got {unknown[0]!r}")
+    return operations or tuple(OPERATIONS)
+
+
+def cases(operation: str, *, small: bool, device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Make the cases of one of `OPERATIONS`, with fresh random inputs."""
     return OPERATIONS[operation](small, device, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.bench.kernels import DTYPES, MODES, Row, bind, difference, results
-from medvl_sam2.bench.operations import OPERATIONS, Case, cases
+from medvl_sam2.bench.operations import Case, cases, chosen
 from medvl_sam2.kernels._common import why_not_triton
 from medvl_sam2.kernels._tuning import Tile, gpu_name, tiles_asked, write_tuned
 from medvl_sam2.kernels._tuning import tune as tune_tile
@@ -41,7 +41,7 @@ def tune(
     from triton.testing import do_bench
 
     device, found = torch.device("cuda"), []
-    for name in operations or OPERATIONS:
+    for name in chosen(operations):
         torch.manual_seed(42)
         for case in cases(name, small=False, device=device, dtype=DTYPES[dtype]):
             for mode in MODES if case.trained else MODES[:1]:
