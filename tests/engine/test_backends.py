@@ -45,9 +45,11 @@ def new_model(chat: ChatTokens, kind: str) -> LanguageModel:
 @torch.no_grad()
 def states(model: LanguageModel, chat: ChatTokens, visual: torch.Tensor, ids: list[int]) -> torch.Tensor:
     """Hidden states (T, H) of a whole conversation in one forward."""
-    whole = torch.tensor([[*chat.prefix(), *ids]])
-    embeds = model.embed(whole)
-    embeds[whole == chat.context_id] = visual
+    prefix = chat.prefix()
+    embeds = model.embed(torch.tensor([[*prefix, *ids]]))
+    # A model of random weights may say the placeholder's token too, which stands for nothing then.
+    start = prefix.index(chat.context_id)
+    embeds[0, start : start + VISUAL] = visual
     return model.hidden(embeds)[0]
 
 

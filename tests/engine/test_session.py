@@ -394,7 +394,7 @@ def test_cancelled_request_leaves_the_session_usable(session, monkeypatch):
 
 def test_times_are_each_requests_own(session, engine, monkeypatch):
     word = engine.chat.answer("the")[0]
-    monkeypatch.setattr(engine.language, "generate_all", lambda *_, **__: iter([[Step(word)]] * 6))
+    monkeypatch.setattr(engine.language, "generate_all", lambda *_, **__: (steps for steps in [[Step(word)]] * 6))
     first = session.segment("liver", points=[(18, 20, 9)])
     before = dict(session.stages)
     stream = session.chat("What is seen?", max_tokens=6)

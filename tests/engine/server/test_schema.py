@@ -23,7 +23,7 @@ LIMITS = settings(max_examples=12, deadline=None, derandomize=True, suppress_hea
 def test_no_request_breaks_the_server(engine, scan, upload, tmp_path, monkeypatch):
     token = engine.chat.answer("the")[0]
     # Long answers add time and nothing else.
-    monkeypatch.setattr(engine.language, "generate_all", lambda *_, **__: iter([[Step(token)]]))
+    monkeypatch.setattr(engine.language, "generate_all", lambda *_, **__: (steps for steps in [[Step(token)]]))
     app = create_app(engine, "small", ServerSettings(data=tmp_path / "data"))
     with TestClient(app) as client:
         volume = upload(client, scan)["id"]
