@@ -71,7 +71,7 @@ def run(
         "memory": out / MEMORY,
         "seconds": {name: round(value, 4) for name, value in session.stages.items()},
         "top": [{"name": one.key, "calls": one.count, "ms": round(getattr(one, key) / 1e3, 3)} for one in top[:rows]],
-        "peak_mb": {name: round(max(y for _, y in points), 2) for name, points in timeline["allocated_mb"].items()},
+        "peak_mb": {name: max(mb for _, mb in points) for name, points in timeline["allocated_mb"].items()},
     }
 
 

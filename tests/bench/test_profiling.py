@@ -2,11 +2,12 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from medvl_sam2 import cli
-from medvl_sam2.bench import ingest, profiling, rows
+from medvl_sam2 import _bench, cli
+from medvl_sam2.bench import e2e, ingest, profiling, rows, scaling
 from medvl_sam2.bench.e2e import made_up_scan
 from medvl_sam2.engine.engine import MedVLEngine
 
@@ -74,3 +75,40 @@ def test_a_wrong_result_fails_the_verb(monkeypatch, tmp_path):
 def test_wrong_options_are_told(options, words, capsys, tmp_path):
     assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_parts_of_a_request_go_to_files_and_charts(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    asked = {}
+    found = rows.judged("x", {"base": [2.0], "ours": [1.0]}, {}, floor=0.5, objects=1)
+    stage = {"work": "x", "objects": 1, "stage": "vision", "seconds": 0.5, "floor_seconds": 0.1, "over_floor": 5.0}
+    points = [{"work": "x", "axis": "slices", "x": n, "seconds": n, "per_second": None} for n in (1, 2)]
+    fit = {"work": "x", "axis": "slices", **scaling.fitted([1, 2], [1.0, 2.0])}
+    monkeypatch.setattr(e2e, "build", lambda config, slices: asked.update(name=config.name, slices=slices))
+    monkeypatch.setattr(e2e, "measure", lambda _, **given: asked.update(given) or {"rows": found, "stages": [stage]})
+    monkeypatch.setattr(scaling, "run", lambda _: (points, [fit]))
+    options = ["--slices", "16", "--objects", "1", "8", "--works", "masks", "scaling"]
+    out = tmp_path / "out"
+    assert cli.main(["bench", "e2e", *options, "--plot", str(tmp_path / "charts"), "--out", str(out), "--json"]) == 0
+    assert asked == {"name": "1b-fast", "slices": 16, "objects": [1, 8], "tokens": 0, "rounds": 5}
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["rows"][1]["ratio"] == 2.0 and document["fits"][0]["slope"] == 1.0
+    names = {"e2e.csv", "e2e_stages.csv", "e2e_scaling.csv", "e2e_fits.csv", "e2e.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in (tmp_path / "charts").iterdir()} == {"e2e.png", "waterfall.png", "scaling.png"}
+
+
+def test_all_parts_run_one_after_the_other(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append(command[4:])
+        return SimpleNamespace(returncode=int("encoder" in command))
+
+    monkeypatch.setattr(_bench.subprocess, "run", run)
+    assert cli.main(["bench", "all", "--slices", "16", "--tokens", "64", "--out", str(tmp_path)]) == 1
+    assert [command[0] for command in commands] == list(_bench.PARTS)
+    assert all("--tokens" in command and "--out" in command for command in commands)
+    assert [command[0] for command in commands if "--slices" not in command] == ["memory"]
+    for command in commands:
+        assert cli.parser().parse_args(["bench", *command]).tokens == 64
