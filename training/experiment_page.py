@@ -127,7 +127,7 @@ def _budget(result: dict[str, Any]) -> str:
         return f"{said}All begin with the pre-trained parts of `{base['name']}`, as they were before any stage."
     return (
         f"{said}All begin with the parts of `{base['name']}`, which has been through three stages behind a Mixer: what "
-        "its ViT and SAM2 learnt there may favour these."
+        "its ViT and SAM2 learnt there may favour a Mixer, and hides some of what the stages teach."
     )
 
 
