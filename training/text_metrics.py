@@ -20,6 +20,8 @@ from medvl_sam2.training.reports import Finding
 
 logger = logging.getLogger(__name__)
 
+_NO_WORD = "qqqq"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -203,7 +205,9 @@ def _meteor(theirs: dict[int, list[str]], ours: dict[int, list[str]]) -> tuple[s
     """Name of the implementation, score of all texts, and of each."""
     if shutil.which("java"):
         try:
-            return ("METEOR", *_java_meteor().compute_score(theirs, ours))
+            # Its protocol has no empty field: an empty answer becomes a word that matches nothing.
+            told = {n: [text or _NO_WORD] for n, (text,) in ours.items()}
+            return ("METEOR", *_java_meteor().compute_score(theirs, told))
         except (OSError, ValueError) as error:
             _java_meteor.cache_clear()
             logger.warning("METEOR: Java failed (%s), so NLTK's takes its place", error)
