@@ -25,7 +25,7 @@ class ObjectSlices:
     """One object on the slice stack.
 
     Attributes:
-        logits: (S, m, m) mask logits; their values where the object is not present mean nothing.
+        logits: (S, m, m) mask logits, above zero inside the object; their values where it is not present mean nothing.
         scores: (S,) object-score logits.
         present: (S,) slices that hold the object.
         start: Slice that the memory started from; None without memory.
@@ -130,6 +130,7 @@ class Segmenter:
                     cancel=cancel,
                 )
         present = scores > self.config.object_gate
+        logits = logits - self.config.mask_threshold
         return [ObjectSlices(logits[:, i], scores[:, i], present[:, i], start) for i, start in enumerate(starts)]
 
     @torch.inference_mode()
@@ -167,6 +168,7 @@ class Segmenter:
                 logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt, cancel)
             start = None
         present = scores[:, 0] > self.config.object_gate
+        logits = logits - self.config.mask_threshold
         if extent is not None:
             present[: extent[0]] = present[extent[1] + 1 :] = False
             (box,) = (prompt.boxes[0] for prompt in prompts.values() if prompt.boxes is not None)

@@ -120,12 +120,14 @@ class SegConfig:
         every_slice: Give the [SEG] prompt on every slice, not on the conditioning slice alone.
         use_memory: Carry SAM2's memory from slice to slice; False runs every slice on its own.
         object_gate: Object-score logit under which a slice of a text-prompted object stays empty.
+        mask_threshold: Mask logit above which a pixel belongs to the object; SAM2's is 0.
     """
 
     convention: str = "input"
     every_slice: bool = True
     use_memory: bool = True
     object_gate: float = 0.0
+    mask_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.convention not in ("input", "predicting"):

@@ -321,6 +321,18 @@ def test_a_cancelled_run_stops_at_the_next_slice(runner: SliceRunner, monkeypatc
 
 
 @torch.inference_mode()
+def test_a_lower_mask_threshold_moves_the_surface_and_nothing_else(sam2: SAM2) -> None:
+    features, asked = make_features(slices=6), embeddings(2)
+    for found, plain in zip(
+        Segmenter(sam2, SegConfig(mask_threshold=-1.5)).by_text(features, asked),
+        Segmenter(sam2, SegConfig()).by_text(features, asked),
+    ):
+        assert torch.equal(found.present, plain.present)
+        assert torch.equal(found.logits > 0, plain.logits > -1.5)
+        assert (found.logits > 0).sum() > (plain.logits > 0).sum()
+
+
+@torch.inference_mode()
 def test_objects_and_slices_that_do_not_fit_come_in_smaller_batches(
     runner: SliceRunner, sam2: SAM2, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
