@@ -24,6 +24,8 @@ def small_config() -> MedVLConfig:
         projector=replace(tiny.projector, tokens=8),
         language=replace(tiny.language, config={**tiny.language.config, **shape, "vocab_size": 512}),
         lora=replace(tiny.lora, rank=4, alpha=8),
+        # The preset's threshold is that of trained weights.
+        seg=replace(tiny.seg, mask_threshold=0.0),
         sam2=SAM2Config.preset("micro", image_size=64),
     )
 
