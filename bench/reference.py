@@ -125,7 +125,7 @@ class Reference:
             for reverse in (False, True):
                 for _ in package.propagate_in_video(state, start, reverse=reverse):
                     pass
-        return _gated(masks_of(outputs), masks_of(outputs, "object_score_logits"))
+        return self._gated(masks_of(outputs), masks_of(outputs, "object_score_logits"))
 
     def _by_model(self, images: Tensor, embeddings: Tensor) -> list[Tensor]:
         sam2 = self.model.sam2
@@ -136,8 +136,13 @@ class Reference:
             _, scores = sam2.predict_slices(features, asked, gate_by_object_score=False, max_batch=1)
             start = int(scores.argmax())
             logits, scores = propagate(sam2, features, {start: asked}, start=start, seg_embeddings=token)
-            found.append(_gated(logits[:, 0], scores))
+            found.append(self._gated(logits[:, 0], scores))
         return found
+
+    def _gated(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """As `Segmentation.gated_logits`."""
+        logits = logits.float() - self.model.config.seg.mask_threshold
+        return torch.where(scores.reshape(-1, 1, 1) > 0, logits.clamp(-_CLAMP, _CLAMP), -_CLAMP)
 
     def _to_voxels(self, logits: Tensor, transform: GridTransform) -> Tensor:
         z0, y0, x0, z1, y1, x1 = transform.box
@@ -171,8 +176,3 @@ class _Forced(LogitsProcessor):
         forced = torch.full_like(scores, -torch.inf)
         forced[:, self._left.pop(0)] = 0
         return forced
-
-
-def _gated(logits: Tensor, scores: Tensor) -> Tensor:
-    """As `Segmentation.gated_logits`."""
-    return torch.where(scores.reshape(-1, 1, 1) > 0, logits.float().clamp(-_CLAMP, _CLAMP), -_CLAMP)
