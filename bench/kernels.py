@@ -11,7 +11,6 @@ also that of a graph's replay. On a CPU the providers take turns, so that other 
 
 import csv
 import logging
-import platform
 import statistics
 import subprocess
 import time
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.bench.operations import Case, cases, chosen
+from medvl_sam2.engine.info import cpu_name
 from medvl_sam2.kernels._common import why_not_triton
 from medvl_sam2.kernels._tuning import gpu_name
 from medvl_sam2.kernels.attention import attention_status
@@ -268,7 +268,7 @@ def environment(device: torch.device | str) -> Row:
         commit = ""
     return {
         "gpu": gpu_name(device),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton,

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ import torch
 import uvicorn
 
 from medvl_sam2.engine.engine import LANGUAGE_BACKENDS, MedVLEngine
+from medvl_sam2.engine.info import cpu_name
 from medvl_sam2.engine.server.app import create_app
 from medvl_sam2.engine.server.settings import ServerSettings
 
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         "device": str(engine.device),
         "dtype": str(engine.precision),
         "torch": torch.__version__,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
     }
     json.dump(document, sys.stdout)

@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 def device_info() -> dict[str, Any]:
     """CPU, threads, memory and, where there are any, CUDA devices."""
     info: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -106,7 +106,8 @@ def _why_unusable(module: str) -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of the processor, as precise as the system tells it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
