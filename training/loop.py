@@ -96,6 +96,7 @@ def run_phase(
     ):
         batches = _batches(make_batch, start, phase, config, world)
         flops = 0.0
+        counted = world.size > 1
         for step in range(start, phase.steps):
             rate = phase.lr * learning_rate(phase, step)
             for group in state.optimizer.param_groups:
@@ -104,8 +105,8 @@ def run_phase(
                 number, batch = next(batches)
                 tokens, slices = workload(batch)
                 # The first batch stands for all; with several processes nothing may come between the collectives.
-                if not flops and world.size == 1:
-                    flops = _count_flops(called, batch, config.precision, world) * phase.accumulate
+                if not counted:
+                    flops, counted = _count_flops(called, batch, config.precision, world) * phase.accumulate, True
                 # Dropout and sampled losses draw from torch's generator: seeded by batch, a resumed run draws the same.
                 torch.manual_seed(config.seed * 1_000_003 + number)
                 with synchronise(called, part + 1 == phase.accumulate):

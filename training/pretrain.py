@@ -64,12 +64,21 @@ class _LanguageObjective(nn.Module):
 def pretrain_language(
     model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path, world: World | None = None
 ) -> None:
-    """Train the whole LLM and the [SEG] bridge on text; LoRA stays at zero. SAM2 comes first: it gives the names."""
+    """Train the whole LLM and the [SEG] bridge on text; LoRA stays at zero. SAM2 comes first: it gives the names.
+
+    Raises:
+        ValueError: SAM2 has not been pre-trained.
+    """
+    named = checkpoint.load(out / "checkpoints" / "sam2.pt")
+    if named is None:
+        if config.language.steps:
+            raise ValueError("sam2: expected it to be trained before language, found no checkpoint; give sam2.steps")
+        return
     causal = model.language.causal
     for name, parameter in causal.named_parameters():
         parameter.requires_grad_(".lora_" not in name)
     model.seg_bridge.requires_grad_(True)
-    class_prompts = checkpoint.load(out / "checkpoints" / "sam2.pt")["parameters"]["heads.classes.weight"]
+    class_prompts = named["parameters"]["heads.classes.weight"]
     run_phase("language", _LanguageObjective(model, class_prompts), batches.language, config, out, world)
     with torch.no_grad():
         model.language.seg_input.copy_(causal.get_input_embeddings().weight[model.language.seg_token_id])

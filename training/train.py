@@ -25,7 +25,7 @@ from medvl_sam2.training.store import PhantomStore
 logger = logging.getLogger(__name__)
 
 STAGES = ("stage1", "stage2", "stage3")
-PHASES = ("sam2", "language", "vision", "stage1", "stage2", "stage3")
+PHASES = ("sam2", "language", "vision", *STAGES)
 # Texts that the tokenizer is made from.
 _TOKENIZER_PHANTOMS = 3000
 

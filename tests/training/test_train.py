@@ -59,6 +59,15 @@ def test_a_stage_moves_its_parameters_and_no_others(stage, built, config):
         assert any(part in name for name in moved), part
 
 
+def test_the_language_learns_its_names_from_sam2(built, config, tmp_path):
+    model, batches, _ = built
+    with pytest.raises(ValueError, match=r"sam2: expected it to be trained before language"):
+        train.run_one("language", model, batches, config, tmp_path)
+    skipped = dataclasses.replace(config, language=dataclasses.replace(config.language, steps=0))
+    train.run_one("language", model, batches, skipped, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_the_language_stays_frozen_in_stage_1(built):
     model, _, _ = built
     assert not any(name.startswith(("language.", "vision.")) for name in _names(model, "stage1"))
@@ -206,6 +215,23 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
         run_phase("vision", objective, make, _fit_config(accumulate=parts), tmp_path / name)
         fits.append(objective.line[0].weight)
     torch.testing.assert_close(*fits)
+
+
+def test_work_without_countable_operations_keeps_its_accumulated_gradients(tmp_path):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0))
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            return {"loss": (self.factor * x).square().mean()}
+
+    objective = Scale()
+    run_phase("vision", objective, _numbers, _fit_config(accumulate=3, steps=2), tmp_path)
+    # Six batches and the one that is counted.
+    assert objective.calls == 7
 
 
 def test_the_phase_ends_with_the_moving_average(tmp_path):
