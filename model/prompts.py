@@ -58,11 +58,10 @@ class ChatTokens:
         """Id that ends a turn."""
         return self.tokenizer.convert_tokens_to_ids(TURN_END)
 
-    def prefix(self, context: str | None = None) -> list[int]:
-        """System message, start of the user's turn and the visual placeholders, or a text in their place."""
+    def prefix(self) -> list[int]:
+        """System message, start of the user's turn and the visual placeholders."""
         head = f"{TURN_START}system\n{self.system}{TURN_END}\n{TURN_START}user\n{IMAGE_START}"
-        middle = [self.context_id] * self.visual_tokens if context is None else self._encode(context)
-        return [*self._encode(head), *middle, *self._encode(f"{IMAGE_END}\n")]
+        return [*self._encode(head), *[self.context_id] * self.visual_tokens, *self._encode(f"{IMAGE_END}\n")]
 
     def question(self, text: str, *, first: bool = True) -> list[int]:
         """A question up to where the answer begins; `first` when it follows the prefix directly."""

@@ -14,7 +14,8 @@ from medvl_sam2.model.processing import VolumeProcessor
 from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens, with_choices
 from medvl_sam2.training.clips import PromptKind, join_clips, make_clip, prompt_kind, spatial_prompt, windowed
 from medvl_sam2.training.config import PhaseConfig, TrainConfig
-from medvl_sam2.training.facts import fact_vector, facts_text
+from medvl_sam2.training.corpus import synthetic_facts
+from medvl_sam2.training.facts import fact_rows, fact_vector
 from medvl_sam2.training.packing import TextBatch, pack
 from medvl_sam2.training.phantom import FINDINGS, STRUCTURES
 from medvl_sam2.training.phantom_findings import MASKED
@@ -33,20 +34,24 @@ CLASSES: tuple[Target, ...] = (
 )
 # A finding of this many voxels counts as if it filled its eighth of a patch.
 _FINDING_VOXELS = 6
+# Visual tokens that stand for a scan where the LLM is trained without one.
+_FACT_ROWS = 24
 # Share of the vision steps on crops, and of the crops that hold a finding where the scan has one.
 _CROP_STEPS, _CROP_FOUND = 0.72, 0.75
 
 
 @dataclass
 class LanguageBatch:
-    """Text-only turns.
+    """Turns about scans of which only the facts are given.
 
     Attributes:
-        text: Packed turns.
+        text: Packed turns behind R visual placeholders.
+        rows: (B, R, len(FACTS)) facts that each placeholder tells, 0 or 1.
         classes: (N,) index into `CLASSES` of what each [SEG] token stands for, in reading order.
     """
 
     text: TextBatch
+    rows: Tensor
     classes: Tensor
 
 
@@ -132,15 +137,21 @@ class Batches:
         return drawn
 
     def language(self, step: int) -> LanguageBatch:
-        """Text-only turns about scans described in words: what the LLM knows before it sees any image."""
-        turns, contexts, classes = [], [], []
-        for sample, rng in self._samples(step, self.config.language, 0):
-            requests = self._requests(sample.facts, self.config.language, rng)
-            turns.append(self._text_turns(sample.facts, self.config.language, rng))
+        """Turns about drawn facts, without scans: what the LLM knows before it sees any image."""
+        phase = self.config.language
+        turns, places, rows, classes = [], [], [], []
+        for n in range(step * phase.batch, (step + 1) * phase.batch):
+            rng = np.random.default_rng([self.config.seed, 0, 1, n])
+            facts = synthetic_facts(rng)
+            requests = self._requests(facts, phase, rng)
+            turns.append(self._text_turns(facts, phase, rng))
             turns[-1] += [(request.text, request.answer) for request in requests]
             classes += [CLASSES.index((kind, name, None)) for r in requests for kind, name, _ in r.targets]
-            contexts.append(facts_text(sample.facts, rng))
-        return LanguageBatch(pack(self.chat, turns, contexts), torch.tensor(classes, dtype=torch.long))
+            # A few rows, spread over the places that a scan's tokens will have: the rest would cost most of the step.
+            places.append(np.sort(rng.choice(self.chat.visual_tokens, _FACT_ROWS, replace=False)))
+            rows.append(torch.from_numpy(fact_rows(facts, _FACT_ROWS, rng)))
+        text = pack(self.chat, turns, places)
+        return LanguageBatch(text, torch.stack(rows), torch.tensor(classes, dtype=torch.long))
 
     def vision(self, step: int) -> VisionBatch:
         """Grids with the content of every patch; crops of them at first.
@@ -184,7 +195,7 @@ class Batches:
 
     def _joint(self, step: int, phase: PhaseConfig, tag: int, *, segmentation: bool) -> JointBatch:
         drawn = self._samples(step, phase, tag)
-        kind = prompt_kind(np.random.default_rng([self.config.seed, tag, 2, step]), always_semantic=True)
+        kind = prompt_kind(np.random.default_rng([self.config.seed, tag, 2, step]))
         turns, clips = [], []
         for sample, rng in drawn:
             turns.append(self._text_turns(sample.facts, phase, rng))

@@ -27,22 +27,21 @@ class PromptKind:
     memory: bool = True
 
 
-# Share of each kind of step.
+# Share of each kind of step. Those without memory take half the time of the others, and the masks that they teach serve
+# all. Purely spatial ones belong to every stage that trains the mask decoder: without them it forgets clicks and boxes.
 _KINDS = (
-    (PromptKind(True, 0, memory=False), 0.25),
-    (PromptKind(True, 0), 0.15),
-    (PromptKind(True, 1), 0.15),
-    (PromptKind(True, 2), 0.15),
-    (PromptKind(False, 1), 0.15),
-    (PromptKind(False, 2), 0.15),
+    (PromptKind(True, 0, memory=False), 0.35),
+    (PromptKind(True, 0), 0.13),
+    (PromptKind(True, 1), 0.13),
+    (PromptKind(True, 2), 0.13),
+    (PromptKind(False, 1), 0.13),
+    (PromptKind(False, 2), 0.13),
 )
 
 
-def prompt_kind(rng: np.random.Generator, *, always_semantic: bool = False) -> PromptKind:
-    """Draw the prompts of a step; `always_semantic` leaves out the purely spatial ones."""
-    kinds = [(kind, share) for kind, share in _KINDS if kind.semantic or not always_semantic]
-    shares = np.array([share for _, share in kinds])
-    return kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))][0]
+def prompt_kind(rng: np.random.Generator) -> PromptKind:
+    """Draw the prompts of a step."""
+    return _KINDS[int(rng.choice(len(_KINDS), p=[share for _, share in _KINDS]))][0]
 
 
 def make_clip(
@@ -55,6 +54,8 @@ def make_clip(
 ) -> Clips:
     """One clip.
 
+    Without language an object that is not on the first slice cannot be asked for, and is left out.
+
     Args:
         hu: (T, R, R) HU at the image encoder's size.
         masks: Of each object, (T, r, r) bool; r may be smaller than R.
@@ -63,6 +64,9 @@ def make_clip(
         processor: Of the model.
         model: Its config.
     """
+    if not kind.semantic:
+        shown = [bool(mask[0].any()) for mask in masks]
+        masks, prompts = ([part for part, here in zip(parts, shown) if here] for parts in (masks, prompts))
     size, side = model.sam2.mask_size, model.sam2.image_size
     channels = torch.stack([windowed(hu, window) for window in model.volume.slice_windows], 1)
     shares = [F.adaptive_avg_pool2d(torch.from_numpy(mask).float(), size) for mask in masks]

@@ -1,4 +1,4 @@
-"""What is true of a phantom, as a vector for pre-training the image encoder and as plain words for the LLM."""
+"""What is true of a phantom, for pre-training: as a vector for the image encoder, spread over rows for the LLM."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +57,9 @@ def fact_vector(facts: Mapping[str, Any]) -> np.ndarray:
     return vector
 
 
-def facts_text(facts: Mapping[str, Any], rng: np.random.Generator) -> str:
-    """The facts as a list of short phrases in random order, for text-only training."""
-    phrases = sorted(_true_facts(facts))
-    return "; ".join(phrases[i].replace("_", " ") for i in rng.permutation(len(phrases)))
+def fact_rows(facts: Mapping[str, Any], rows: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, len(FACTS)) float32: each fact that holds is 1 on one to four random rows, as a scan tells it in places."""
+    spread = np.zeros((rows, len(FACTS)), np.float32)
+    for fact in np.flatnonzero(fact_vector(facts)):
+        spread[rng.choice(rows, min(rows, rng.integers(1, 5)), replace=False), fact] = 1
+    return spread

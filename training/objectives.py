@@ -51,7 +51,11 @@ class JointObjective(nn.Module):
     def _masks(self, clips: Clips, prompts: Tensor) -> Losses:
         sam2 = self.model.sam2
         features = sam2.encode_images(clips.images.flatten(0, 1).to(sam2.no_mem_embed.dtype))
-        return clip_losses(sam2, features, clips, prompts, self.weights, self.model.config)
+        if clips.semantic:
+            return clip_losses(sam2, features, clips, prompts, self.weights, self.model.config)
+        losses = clip_losses(sam2, features, clips, None, self.weights, self.model.config)
+        # The [SEG] path takes part in every step, as distributed training needs.
+        return {**losses, "loss": losses["loss"] + 0 * prompts.sum()}
 
     def _blank(self, device: torch.device) -> Clips:
         settings = self.model.config.sam2

@@ -4,6 +4,7 @@ Each turn sees the scan and itself but no other turn, and counts its positions f
 turn trains exactly as it will be asked at run time, while the costly visual part is computed once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +36,18 @@ class TextBatch:
         return TextBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def pack(chat: ChatTokens, conversations: list[list[tuple[str, str]]], contexts: list[str] | None = None) -> TextBatch:
+def pack(
+    chat: ChatTokens, conversations: list[list[tuple[str, str]]], places: list[Sequence[int]] | None = None
+) -> TextBatch:
     """Pack turns.
 
     Args:
         chat: Token ids of the conversation's pieces.
         conversations: Per scan its (question, answer) turns; [SEG] tokens keep this order.
-        contexts: Per scan a text in place of the visual tokens; its turns then train questions as well as answers.
+        places: Per scan the visual tokens that are kept, ascending, at the positions that they have among all; all of
+            them by default.
     """
-    rows = [_row(chat, turns, contexts[i] if contexts else None) for i, turns in enumerate(conversations)]
+    rows = [_row(chat, turns, places[i] if places else None) for i, turns in enumerate(conversations)]
     length = max(len(ids) for ids, *_ in rows)
     ids = torch.full((len(rows), length), chat.end_id)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -65,15 +69,21 @@ def pack(chat: ChatTokens, conversations: list[list[tuple[str, str]]], contexts:
 
 
 def _row(
-    chat: ChatTokens, turns: list[tuple[str, str]], context: str | None
+    chat: ChatTokens, turns: list[tuple[str, str]], places: Sequence[int] | None
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    ids = chat.prefix(context)
+    ids = chat.prefix()
     start = len(ids)
-    positions, labels, turn = list(range(start)), [IGNORE] * start, [0] * start
+    positions = list(range(start))
+    if places is not None:
+        first = ids.index(chat.context_id)
+        after = first + chat.visual_tokens
+        positions = [*positions[:first], *(first + int(place) for place in places), *positions[after:]]
+        ids = [ids[position] for position in positions]
+    labels, turn = [IGNORE] * len(ids), [0] * len(ids)
     for number, (question, answer) in enumerate(turns, start=1):
         asked, told = chat.question(question), chat.answer(answer)
         ids += asked + told
         positions += range(start, start + len(asked) + len(told))
-        labels += ([IGNORE] * len(asked) if context is None else asked) + told
+        labels += [IGNORE] * len(asked) + told
         turn += [number] * (len(asked) + len(told))
     return ids, positions, labels, turn

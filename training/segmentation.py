@@ -104,12 +104,14 @@ def _score(logits: Tensor, scores: Tensor, ious: Tensor, targets: Tensor, weight
     # Half a mask pixel is the least that counts as the object being on a slice.
     present = (targets.sum((1, 2)) > 0.5).float()
     bce, dice = segmentation_loss(logits, targets)
+    # A purely spatial batch may hold no object that can be marked.
+    count = max(1, len(present))
     # SAM2's own training leaves the mask of an absent object free; here it is pushed down by BCE, since a gate that
     # fails should not open on noise.
     terms = {
-        "bce": bce.mean(),
+        "bce": bce.sum() / count,
         "dice": (dice * present).sum() / present.sum().clamp(min=1),
-        "object_score": F.binary_cross_entropy_with_logits(scores.flatten().float(), present),
+        "object_score": F.binary_cross_entropy_with_logits(scores.flatten().float(), present, reduction="sum") / count,
     }
     with torch.no_grad():
         mask, truth = logits > 0, targets > 0.5

@@ -17,7 +17,7 @@ def model(small_model):
 
 @pytest.fixture
 def ids(model):
-    text = [*model.chat.prefix(""), *model.chat.question("Segment the liver."), *model.chat.answer("It is [SEG].")]
+    text = [*model.chat.prefix(), *model.chat.question("Segment the liver."), *model.chat.answer("It is [SEG].")]
     return torch.tensor([text])
 
 

@@ -9,8 +9,12 @@ import torch
 from medvl_sam2.model.presets import preset
 from medvl_sam2.model.vision import VisionEncoder
 from medvl_sam2.training.batches import CLASSES, Batches
-from medvl_sam2.training.config import TrainConfig, load_config
+from medvl_sam2.training.clips import PromptKind, make_clip, spatial_prompt
+from medvl_sam2.training.config import LossConfig, TrainConfig, load_config
+from medvl_sam2.training.corpus import synthetic_facts
+from medvl_sam2.training.facts import fact_rows, fact_vector
 from medvl_sam2.training.phantom import FINDINGS, STRUCTURES
+from medvl_sam2.training.segmentation import _score
 from medvl_sam2.training.store import PhantomStore
 
 
@@ -78,3 +82,35 @@ def test_the_encoder_places_the_patches_of_a_part_where_they_are_told_to_be():
         part = grid[(..., *(slice(-s // 2, None) for s in settings.volume.size))]
         embedded = encoder.patch_embedding(part, torch.from_numpy(tokens)[None])
         torch.testing.assert_close(embedded, encoder.patch_embedding(grid)[:, tokens])
+
+
+def test_rows_of_facts_tell_what_holds_and_nothing_else():
+    facts = synthetic_facts(np.random.default_rng(3))
+    rows = fact_rows(facts, 24, np.random.default_rng(4))
+    assert np.array_equal(rows.max(0), fact_vector(facts))
+    told = rows.sum(0)[fact_vector(facts) > 0]
+    assert told.min() >= 1 and told.max() <= 4
+
+
+def test_a_purely_spatial_clip_holds_only_what_its_first_slice_shows(batches):
+    model = batches.model
+    side = model.sam2.image_size
+    first, later = np.zeros((2, 2, side, side), bool)
+    first[:, 8:40, 8:40] = True
+    later[1, 60:90, 60:90] = True
+    rng = np.random.default_rng(0)
+    for kind, expected in ((PromptKind(False, 1), 1), (PromptKind(True, 1), 2)):
+        prompts = [spatial_prompt(mask[0], 1, rng) for mask in (later, first)]
+        clip = make_clip(torch.zeros(2, side, side), [later, first], prompts, kind, batches.processor, model)
+        assert len(clip.owner) == len(clip.targets) == len(clip.points) == expected
+        # The one that can be marked is there, with its click inside.
+        x, y = clip.points[-1, 0].tolist()
+        assert 8 < x < 40 and 8 < y < 40
+        assert clip.targets[-1, 0].sum() == pytest.approx((32 * model.sam2.mask_size / side) ** 2)
+
+
+def test_a_batch_without_an_object_to_mark_has_a_loss_of_zero(batches):
+    settings = batches.model.sam2
+    logits, scores = torch.zeros(0, 2, settings.mask_size, settings.mask_size), torch.zeros(0, 2)
+    terms = _score(logits, scores, scores, logits, LossConfig())
+    assert all(float(value) == 0 for value in terms.values())

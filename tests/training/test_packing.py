@@ -6,7 +6,6 @@ import torch
 
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.presets import preset
-from medvl_sam2.model.prompts import ChatTokens
 from medvl_sam2.training.corpus import text_corpus, train_tokenizer
 from medvl_sam2.training.packing import IGNORE, pack
 
@@ -56,11 +55,16 @@ def test_padding_does_not_reach_shorter_rows(model):
     torch.testing.assert_close(long.hidden[:1, :length], short.hidden, atol=2e-5, rtol=1e-4)
 
 
-def test_a_context_in_words_trains_the_questions_too(model):
-    packed = pack(ChatTokens(model.tokenizer, "You read CT scans.", 0), [TURNS[:1]], ["a liver lesion"])
-    text = model.tokenizer.decode(packed.labels[0][packed.labels[0] != IGNORE])
-    assert "Is there a nodule?" in text and "a liver lesion" not in text
-    assert "a liver lesion" in model.tokenizer.decode(packed.input_ids[0])
+def test_kept_visual_tokens_stay_where_they_are(model):
+    whole, part = pack(model.chat, [TURNS]), pack(model.chat, [TURNS], [[3, 70]])
+    kept = part.position_ids[0][part.input_ids[0] == model.chat.context_id]
+    assert kept.tolist() == [model.chat.prefix().index(model.chat.context_id) + place for place in (3, 70)]
+    words = [batch.input_ids[0] != model.chat.context_id for batch in (whole, part)]
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(getattr(whole, name)[0][words[0]], getattr(part, name)[0][words[1]])
+    everywhere = pack(model.chat, [TURNS], [range(model.chat.visual_tokens)])
+    assert torch.equal(everywhere.position_ids, whole.position_ids)
+    assert torch.equal(everywhere.attention_mask, whole.attention_mask)
 
 
 def test_positions_continue_from_the_prefix(model):

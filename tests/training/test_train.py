@@ -17,8 +17,10 @@ from torch import nn
 
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.training import checkpoint, train
+from medvl_sam2.training.batches import CLASSES
 from medvl_sam2.training.config import PhaseConfig, TrainConfig, load_config
 from medvl_sam2.training.loop import learning_rate, run_phase
+from medvl_sam2.training.pretrain import _LanguageObjective
 from medvl_sam2.training.stages import TRAINABLE
 
 
@@ -66,6 +68,31 @@ def test_the_language_learns_its_names_from_sam2(built, config, tmp_path):
     skipped = dataclasses.replace(config, language=dataclasses.replace(config.language, steps=0))
     train.run_one("language", model, batches, skipped, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_language_reads_the_rows_of_facts_as_visual_tokens(built, config):
+    model, batches, _ = built
+    batch = batches.language(0)
+    objective = _LanguageObjective(model, torch.zeros(len(CLASSES), model.config.sam2.d_model))
+    text, names = batch.text, batch.classes
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.zero_()
+        model.language.seg_input.copy_(model.language.causal.get_input_embeddings().weight[model.chat.seg_id])
+        model.language.seg_output.copy_(model.language.causal.get_output_embeddings().weight[model.chat.seg_id])
+        whole = model(
+            text.input_ids,
+            torch.einsum("brf,fh->brh", batch.rows, objective.heads.weight),
+            attention_mask=text.attention_mask,
+            position_ids=text.position_ids,
+            labels=text.labels,
+        )
+        losses = objective(batch)
+        prompts = model.seg_prompts(whole.hidden, text.input_ids)
+    torch.testing.assert_close(losses["ce"], whole.loss)
+    assert len(names) == len(prompts)
+    torch.testing.assert_close(losses["naming"], prompts.square().mean())
 
 
 def test_the_language_stays_frozen_in_stage_1(built):

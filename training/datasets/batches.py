@@ -89,7 +89,7 @@ class ManifestBatches:
         return partial(self._batch, name, phase)
 
     def _batch(self, stage: str, phase: PhaseConfig, step: int) -> JointBatch:
-        kind = prompt_kind(np.random.default_rng([self.config.seed, _TAGS[stage], 2, step]), always_semantic=True)
+        kind = prompt_kind(np.random.default_rng([self.config.seed, _TAGS[stage], 2, step]))
         features = self.features if stage == "stage1" else None
         chances = NONE if features is not None else self.chances
         grids, turns, clips, kept, names = [], [], [], [], []
