@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from medvl_sam2.training.reports import write_report
 from medvl_sam2.training.requests import make_requests
 from medvl_sam2.training.segmentation import Clips
 from medvl_sam2.training.store import PhantomStore, Sample
+from medvl_sam2.training.terms import FINDING_TERMS, PHASES, PLACES, REGION_WORDS, SIDES, STRUCTURE_TERMS
 
 Target = tuple[str, str, str | None]
 
@@ -34,6 +36,19 @@ CLASSES: tuple[Target, ...] = (
 )
 # A finding of this many voxels counts as if it filled its eighth of a patch.
 _FINDING_VOXELS = 6
+# Multiple choice is the hardest to learn: the answer, its place among the choices, and that place's letter.
+_QUESTION_WEIGHTS = {"multiple_choice": 3.0, "short": 1.0, "long": 0.5}
+# Turns about the letters of choices, in a sequence of the first part of the language steps and of the rest. From a few
+# among other turns the letters are not learnt at all.
+_DRILL_STEPS, _DRILLS_FIRST, _DRILLS_LATER = 0.15, 12, 3
+_DRILL_WORDS = (
+    *2 * (tuple(STRUCTURE_TERMS),),
+    *2 * (tuple(f"{side} {term.noun}" for term in FINDING_TERMS.values() for side in SIDES),),
+    (*SIDES, "both sides"),
+    tuple(f"{side} {place}" for side in SIDES for places in PLACES.values() for place in places),
+    PHASES,
+    tuple(REGION_WORDS.values()),
+)
 # Visual tokens that stand for a scan where the LLM is trained without one.
 _FACT_ROWS = 24
 # Share of the vision steps on crops, and of the crops that hold a finding where the scan has one.
@@ -139,12 +154,14 @@ class Batches:
     def language(self, step: int) -> LanguageBatch:
         """Turns about drawn facts, without scans: what the LLM knows before it sees any image."""
         phase = self.config.language
+        drilled = step < _DRILL_STEPS * phase.steps
         turns, places, rows, classes = [], [], [], []
         for n in range(step * phase.batch, (step + 1) * phase.batch):
             rng = np.random.default_rng([self.config.seed, 0, 1, n])
             facts = synthetic_facts(rng)
             requests = self._requests(facts, phase, rng)
-            turns.append(self._text_turns(facts, phase, rng))
+            turns.append(_letter_drills(_DRILLS_FIRST if drilled else _DRILLS_LATER, rng))
+            turns[-1] += [] if drilled else self._text_turns(facts, phase, rng)
             turns[-1] += [(request.text, request.answer) for request in requests]
             classes += [CLASSES.index((kind, name, None)) for r in requests for kind, name, _ in r.targets]
             # A few rows, spread over the places that a scan's tokens will have: the rest would cost most of the step.
@@ -213,7 +230,9 @@ class Batches:
             turns.append((REPORT_REQUEST, write_report(facts, rng)))
         if phase.questions:
             questions = make_questions(facts, rng)
-            for i in rng.permutation(len(questions))[: phase.questions]:
+            weights = np.array([_QUESTION_WEIGHTS[question.kind] for question in questions])
+            count = min(phase.questions, len(questions))
+            for i in rng.choice(len(questions), count, replace=False, p=weights / weights.sum()):
                 question = questions[i]
                 text = with_choices(question.text, question.choices) if question.choices else question.text
                 turns.append((text, question.answer))
@@ -266,6 +285,18 @@ class Batches:
         structures = count(grid_structures, len(STRUCTURES)) / (math.prod(patch) / 8)
         findings = np.minimum(count(grid_findings, len(MASKED)) / _FINDING_VOXELS, 1.0)
         return torch.from_numpy(np.concatenate([structures, findings], -1)).float().flatten(1)
+
+
+def _letter_drills(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Turns that ask which letter a choice has: the half of multiple choice that needs no scan."""
+    drills = []
+    for _ in range(count):
+        words = _DRILL_WORDS[int(rng.integers(len(_DRILL_WORDS)))]
+        choices = [words[i] for i in rng.permutation(len(words))[: rng.integers(2, 5)]]
+        place = int(rng.integers(len(choices)))
+        text = with_choices(f"Which choice says {choices[place]}?", choices)
+        drills.append((text, f"{ascii_uppercase[place]}. {choices[place]}"))
+    return drills
 
 
 def _names(drawn: list[tuple[Sample, np.random.Generator]]) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
-"""Text of the phantoms for the tiny language model, and the tokenizer trained on it.
+"""What is said of phantoms, without a volume: facts drawn as phantoms have them, texts, and the tokenizer made of them.
 
-The corpus holds no images: each chat either writes a report of stated findings, or answers a question or a segmentation
-request about a report given as context. So a small model learns the language, and to look things up in its prefix,
-before it ever sees a volume.
+The texts hold no images: each chat either writes a report, or answers questions and segmentation requests about a
+report given before them.
 """
 
 from __future__ import annotations

@@ -230,14 +230,11 @@ def _report(session: VolumeSession, case: TruthCase, rng: np.random.Generator) -
 
 
 def _questions(session: VolumeSession, questions: list[Question]) -> list[dict[str, Any]]:
-    rows, long = [], 0
-    for question in questions:
-        if question.kind == "long":
-            long += 1
-            if long > _LONG:
-                continue
-        answer = session.ask(question.text, question.choices).text
-        right = None if question.kind == "long" else answer_is_right(question, answer)
+    long = [question for question in questions if question.kind == "long"]
+    asked = [question for question in questions if question not in long[_LONG:]]
+    rows = []
+    for question, answer in zip(asked, session.ask_all([q.text for q in asked], [q.choices for q in asked])):
+        right = None if question.kind == "long" else answer_is_right(question, answer.text)
         row = {"kind": question.kind, "topic": question.topic, "right": right}
-        rows.append({**row, "question": question.text, "answer": answer, "truth": question.answer})
+        rows.append({**row, "question": question.text, "answer": answer.text, "truth": question.answer})
     return rows

@@ -58,7 +58,7 @@ def fact_vector(facts: Mapping[str, Any]) -> np.ndarray:
 
 
 def fact_rows(facts: Mapping[str, Any], rows: int, rng: np.random.Generator) -> np.ndarray:
-    """(rows, len(FACTS)) float32: each fact that holds is 1 on one to four random rows, as a scan tells it in places."""
+    """(rows, len(FACTS)) float32: a fact that holds is 1 on one to four random rows, as a scan tells it in places."""
     spread = np.zeros((rows, len(FACTS)), np.float32)
     for fact in np.flatnonzero(fact_vector(facts)):
         spread[rng.choice(rows, min(rows, rng.integers(1, 5)), replace=False), fact] = 1

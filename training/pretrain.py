@@ -1,7 +1,7 @@
 """Pre-training of the parts, where the paper starts from public checkpoints.
 
 The full model begins with M3D-CLIP, InternVL2.5 and SAM2, trained elsewhere. The `tiny` preset has no such parts, so
-each learns its trade on phantoms first: the LLM on texts without images, the 3D ViT on what scans and patches hold (in
+each learns its trade on phantoms first: the LLM on facts without images, the 3D ViT on what scans and patches hold (in
 place of image-report pairs), SAM2 on clicks, boxes and class prompts. The heads made here are thrown away.
 """
 
@@ -21,6 +21,7 @@ from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.distributed import World
 from medvl_sam2.training.facts import FACTS
 from medvl_sam2.training.loop import Losses, run_phase
+from medvl_sam2.training.packing import IGNORE
 from medvl_sam2.training.phantom import STRUCTURES
 from medvl_sam2.training.segmentation import clip_losses
 
@@ -38,6 +39,9 @@ _DICE_WEIGHT = 2.0
 
 class _LanguageObjective(nn.Module):
     """The LLM without a scan: it reads facts off the rows where visual tokens will be, and names what [SEG] stands for.
+
+    The first token of an answer counts once more: yes or no, there or not, and which letter are decided there, and a
+    mean over all tokens is mostly of reports.
 
     InternVL2.5's LLM has learnt to read visual tokens before the paper begins. This one learns it on rows that are sums
     of learnt vectors of facts. From the same facts written out as a text, it learns hardly anything in the same time.
@@ -65,12 +69,13 @@ class _LanguageObjective(nn.Module):
             position_ids=text.position_ids,
             use_cache=False,
         ).last_hidden_state
-        scored = text.labels[:, 1:] != -100
+        scored = text.labels[:, 1:] != IGNORE
         logits = self.language.get_output_embeddings()(hidden[:, :-1][scored]).float()
-        ce = F.cross_entropy(logits, text.labels[:, 1:][scored])
+        losses = F.cross_entropy(logits, text.labels[:, 1:][scored], reduction="none")
+        ce, first = losses.mean(), losses[(text.labels[:, :-1] == IGNORE)[scored]].mean()
         prompts = self.bridge(hidden[seg_positions(text.input_ids, self.seg_id, self.convention)])[:, 0].float()
         naming = F.mse_loss(prompts, self.class_prompts[batch.classes])
-        return {"loss": ce + _NAMING_WEIGHT * naming, "ce": ce, "naming": naming}
+        return {"loss": ce + first + _NAMING_WEIGHT * naming, "ce": ce, "first": first, "naming": naming}
 
 
 def pretrain_language(
