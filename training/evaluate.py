@@ -61,7 +61,8 @@ def run(
         model: Preset with weights, or model directory.
         data: "phantom", a folder of real CTs with masks and labels.json, or a manifest of public data sets (.jsonl).
         seeds: Phantoms, from 1,000,000 on.
-        out: Folder for `scans.jsonl` (a line per scan), `summary.json`, `objects.csv`, `classes.csv` and `dice.png`.
+        out: Folder for `scans.jsonl` (a line per scan, as soon as it is done), `summary.json`, `objects.csv`,
+            `classes.csv` and `dice.png`.
         processes: Scans at a time.
         tasks: Of `TASKS`, or "prompts": segmentation with point and box alone beside those with the name. Each is run
             on the scans that have truth for it.
@@ -82,7 +83,8 @@ def run(
         cases = manifest_cases(Path(data), split, model_config(model).volume.window)
     else:
         cases = folder_cases(Path(data))
-    rows = list(tqdm(_rows(str(model), cases, processes, tuple(tasks)), desc="scans", disable=None))
+    found = tqdm(_rows(str(model), cases, processes, tuple(tasks)), desc="scans", disable=None)
+    rows = list(_kept(found, Path(out)) if out else found)
     summary = {
         "model": str(model),
         "data": str(data),
@@ -91,11 +93,19 @@ def run(
         **summarise(rows),
     }
     if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_text(Path(out, "scans.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
         write_tables(rows, summary, Path(out))
         write_text(Path(out, "summary.json"), json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _kept(rows: Iterable[dict[str, Any]], out: Path) -> Iterator[dict[str, Any]]:
+    """Write each row before the next is begun: an evaluation takes long, and may be killed."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "scans.jsonl", "w") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            yield row
 
 
 def _rows(
