@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from medvl_sam2.model.config import MedVLConfig, VisionConfig
+from medvl_sam2.model.config import MedVLConfig, SegConfig, VisionConfig
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.presets import preset
 from medvl_sam2.model.sam2 import SAM2Config
@@ -24,8 +24,8 @@ def small_config() -> MedVLConfig:
         projector=replace(tiny.projector, tokens=8),
         language=replace(tiny.language, config={**tiny.language.config, **shape, "vocab_size": 512}),
         lora=replace(tiny.lora, rank=4, alpha=8),
-        # The preset's threshold is that of trained weights.
-        seg=replace(tiny.seg, mask_threshold=0.0),
+        # The preset's are for its own trained weights.
+        seg=SegConfig(),
         sam2=SAM2Config.preset("micro", image_size=64),
     )
 

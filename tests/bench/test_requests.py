@@ -7,7 +7,7 @@ import torch
 
 from medvl_sam2.bench import e2e, encoder, ingest, language, rows, scaling
 from medvl_sam2.bench.rows import COLUMNS
-from medvl_sam2.model.config import LanguageConfig, LoRAConfig, MedVLConfig, VisionConfig
+from medvl_sam2.model.config import LanguageConfig, LoRAConfig, MedVLConfig, SegConfig, VisionConfig
 from medvl_sam2.model.presets import preset
 from medvl_sam2.model.prompts import REPORT_REQUEST, SEGMENT_ANSWER, ChatTokens
 from medvl_sam2.model.sam2 import SAM2Config
@@ -37,6 +37,7 @@ def small(sam2: SAM2Config | None = None) -> MedVLConfig:
         projector=replace(tiny.projector, tokens=8),
         language=shape(),
         lora=LoRAConfig(rank=4, alpha=8, dropout=0.0),
+        seg=SegConfig(),
         sam2=sam2 or SAM2Config.preset("micro", image_size=64),
     )
 
