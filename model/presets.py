@@ -74,8 +74,8 @@ def _tiny() -> MedVLConfig:
             seg_token_id=6,
         ),
         lora=LoRAConfig(rank=32, alpha=64, dropout=0.0),
-        # Where Dice was best on phantoms neither trained on nor evaluated on. The threshold helps thin bones most. Named
-        # objects gain 0.02 without memory and take an eighth of the time; clicks and boxes alone keep it.
+        # Where Dice was best on phantoms neither trained on nor evaluated on. The threshold helps thin bones most. What
+        # is named gains 0.02 without memory and takes an eighth of the time; clicks and boxes alone keep it.
         seg=SegConfig(mask_threshold=-1.0, use_memory=False),
         sam2=SAM2Config.preset("micro"),
     )
