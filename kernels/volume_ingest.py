@@ -12,6 +12,7 @@ two planes per output slice.
 import math
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +39,8 @@ STORED = tuple(
     for name in ("int16", "uint8", "int8", "uint16", "int32", "float32", "float16", "bfloat16", "float64", "int64")
 )
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+# Voxels from which on the CPU path shares the slices among threads.
+_SHARED = 1 << 22
 
 
 def _slice_taps(positions: Tensor, start: int, stop: int, length: int, flipped: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,36 +79,49 @@ def volume_ingest_reference(
 
     out = torch.empty((len(scale), depth, height, width), dtype=dtype, device=device)
     plane = (voxels.shape[1] if rows is None else len(rows), voxels.shape[2])
-    raw = {key: torch.empty(plane, device=device) for key in ("a", "b")}
-    near, far = (torch.empty(plane, device=device) for _ in range(2))
-    above, below = (torch.empty((height, plane[1]), device=device) for _ in range(2))
-    left, right = (torch.empty((height, width), device=device) for _ in range(2))
-    held: dict[int, str] = {}
+    slices = list(enumerate(zip(*(t.tolist() for t in z_taps))))
 
-    def fetch(index: int, keep: int) -> Tensor:
-        if index not in held:
-            free = next(key for key in raw if key != held.get(keep))
-            for stale in [i for i, key in held.items() if key == free]:
-                del held[stale]
-            raw[free].copy_(voxels[index] if rows is None else voxels[index].index_select(0, rows))
-            held[index] = free
-        return raw[held[index]]
+    # A thread's own state: the buffers were perhaps made outside of the caller's mode.
+    @torch.inference_mode()
+    def resample(part: Sequence[tuple[int, tuple[int, int, float]]]) -> None:
+        raw = {key: torch.empty(plane, device=device) for key in ("a", "b")}
+        near, far = (torch.empty(plane, device=device) for _ in range(2))
+        above, below = (torch.empty((height, plane[1]), device=device) for _ in range(2))
+        left, right = (torch.empty((height, width), device=device) for _ in range(2))
+        held: dict[int, str] = {}
 
-    with one_thread():
-        for d, (low, high, weight) in enumerate(zip(*(t.tolist() for t in z_taps))):
-            first, second = fetch(low, high), (fetch(high, low) if weight else None)
-            for c, (offset, gain, lo, hi) in enumerate(scale.tolist()):
-                bounds = sorted(((lo - intercept) / slope, (hi - intercept) / slope))
-                torch.clamp(first, *bounds, out=near)
-                if second is not None:
-                    near.lerp_(torch.clamp(second, *bounds, out=far), weight)
-                torch.index_select(near, 0, y_low, out=above)
-                torch.index_select(near, 0, y_high, out=below)
-                above.lerp_(below, y_weight)
-                torch.index_select(above, 1, x_low, out=left)
-                torch.index_select(above, 1, x_high, out=right)
-                left.lerp_(right, x_weight).mul_(slope * gain)
-                out[c, d].copy_(torch.add(left, (intercept - offset) * gain, out=right))
+        def fetch(index: int, keep: int) -> Tensor:
+            if index not in held:
+                free = next(key for key in raw if key != held.get(keep))
+                for stale in [i for i, key in held.items() if key == free]:
+                    del held[stale]
+                raw[free].copy_(voxels[index] if rows is None else voxels[index].index_select(0, rows))
+                held[index] = free
+            return raw[held[index]]
+
+        with one_thread():
+            for d, (low, high, weight) in part:
+                first, second = fetch(low, high), (fetch(high, low) if weight else None)
+                for c, (offset, gain, lo, hi) in enumerate(scale.tolist()):
+                    bounds = sorted(((lo - intercept) / slope, (hi - intercept) / slope))
+                    torch.clamp(first, *bounds, out=near)
+                    if second is not None:
+                        near.lerp_(torch.clamp(second, *bounds, out=far), weight)
+                    torch.index_select(near, 0, y_low, out=above)
+                    torch.index_select(near, 0, y_high, out=below)
+                    above.lerp_(below, y_weight)
+                    torch.index_select(above, 1, x_low, out=left)
+                    torch.index_select(above, 1, x_high, out=right)
+                    left.lerp_(right, x_weight).mul_(slope * gain)
+                    out[c, d].copy_(torch.add(left, (intercept - offset) * gain, out=right))
+
+    workers = min(torch.get_num_threads(), depth) if device.type == "cpu" and voxels.numel() >= _SHARED else 1
+    if workers == 1:
+        resample(slices)
+    else:
+        share = math.ceil(depth / workers)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(resample, (slices[i : i + share] for i in range(0, depth, share))))
     return out
 
 
