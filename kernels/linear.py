@@ -1,11 +1,13 @@
 """Linear layers and matrix products for inference on a CPU, by oneDNN rather than by the BLAS of the torch build.
 
 torch's float32 products go to MKL, which keeps to AVX2 on CPUs of other makers; oneDNN takes AVX-512 wherever it is
-(2.2 to 2.5 times as fast on Zen 5, docs/kernels.md) and applies the activation while the result is in the cache. Its
-operation has no derivative: where a gradient may be asked for, in other dtypes and on other devices, the plain layer
-runs.
+(2.2 to 2.5 times as fast on Zen 5, docs/kernels.md) and applies the activation while the result is in the cache. On
+Intel's own CPUs MKL is as fast, and PyTorch's attention, which calls it, faster than one made of oneDNN's products.
+Its operation has no derivative: where a gradient may be asked for, in other dtypes and on other devices, the plain
+layer runs.
 """
 
+import platform
 from typing import Literal
 
 import torch
@@ -31,6 +33,20 @@ def _describe() -> tuple[str, str]:
 register_operation("linear", _describe)
 
 
+def _blas_suits() -> bool:
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "GenuineIntel" in file.read()
+    except OSError:
+        return "GenuineIntel" in platform.processor()
+
+
+# Whether torch's BLAS uses all of this CPU: MKL does so on its maker's.
+_BLAS_SUITS = _blas_suits()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
     """``activation(x W^T + b)``.
 
@@ -50,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
 
 def product(a: Tensor, b_transposed: Tensor) -> Tensor:
     """Matrix product ``a @ b_transposed.mT`` of two matrices (M, K) and (N, K)."""
-    return linear(a, b_transposed) if _takes(a, b_transposed, None) else a @ b_transposed.mT
+    return linear(a, b_transposed) if is_fast(a, b_transposed) else a @ b_transposed.mT
 
 
 class Linear(nn.Linear):
@@ -62,8 +78,8 @@ class Linear(nn.Linear):
 
 
 def is_fast(*operands: Tensor) -> bool:
-    """Whether products of these operands are oneDNN's."""
-    return all(_takes(x, x, None) for x in operands)
+    """Whether products of these operands are oneDNN's, and the faster for it."""
+    return all(_takes(x, x, None) for x in operands) and not _BLAS_SUITS
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -44,6 +44,9 @@ from medvl_sam2.kernels.window_attention_torch import (
 )
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Projected windows at a time on the CPU. From 32 MiB on the C library also takes every buffer fresh from the system,
+# and its pages then cost more than the products.
+_PROJECTED_BYTES = 8 << 20
 
 
 def _launch_windows(
@@ -238,8 +241,9 @@ def projected_window_attention(
 ) -> Tensor:
     """Project a map to queries, keys and values and attend inside its windows: `window_attention` with its projection.
 
-    On the CPU a map of whole windows is cut before it is projected, when it is a third as wide; a map that would need
-    padding is projected first, which saves projecting the padding.
+    On the CPU a map of whole windows is cut before it is projected, when it is a third as wide, and goes through in
+    parts whose projection stays in the cache; a map that would need padding is projected first, which saves projecting
+    the padding.
 
     Args:
         x: (B, H, W, K).
@@ -260,5 +264,8 @@ def projected_window_attention(
     whole = window_size > 0 and h % window_size == 0 and w % window_size == 0 and not (pool and window_size % 2)
     if x.is_cuda or not whole or weight.shape[0] % (3 * num_heads):
         return window_attention(linear(x, weight, bias), num_heads, window_size, bias, pool=pool)
-    out = attend_in_windows(linear(partition(x, window_size), weight, bias), num_heads, pool)
+    windows = partition(x, window_size)
+    some = max(1, _PROJECTED_BYTES // (window_size**2 * weight.shape[0] * x.itemsize))
+    parts = [attend_in_windows(linear(part, weight, bias), num_heads, pool) for part in windows.split(some)]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return unpartition(out, b, *((h // 2, w // 2) if pool else (h, w)))

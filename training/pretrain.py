@@ -40,8 +40,8 @@ _DICE_WEIGHT = 2.0
 class _LanguageObjective(nn.Module):
     """The LLM without a scan: it reads facts off the rows where visual tokens will be, and names what [SEG] stands for.
 
-    The first token of an answer counts once more: yes or no, there or not, and which letter are decided there, and a
-    mean over all tokens is mostly of reports.
+    The first token of every sentence of an answer counts once more: yes or no, there or not, which letter, and whether
+    a report's next sentence tells of a finding are decided there, and a mean over all tokens is mostly of what follows.
 
     InternVL2.5's LLM has learnt to read visual tokens before the paper begins. This one learns it on rows that are sums
     of learnt vectors of facts. From the same facts written out as a text, it learns hardly anything in the same time.
@@ -58,6 +58,9 @@ class _LanguageObjective(nn.Module):
         self.heads = nn.Embedding(len(FACTS), model.config.language.hidden_size)
         nn.init.normal_(self.heads.weight, std=_FACT_STD)
         self.register_buffer("class_prompts", class_prompts, persistent=False)
+        words = model.tokenizer.batch_decode([[token] for token in range(len(model.tokenizer))])
+        ends = torch.tensor([word.rstrip().endswith((".", ":")) for word in words])
+        self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, batch: LanguageBatch) -> Losses:
         text = batch.text
@@ -72,7 +75,9 @@ class _LanguageObjective(nn.Module):
         scored = text.labels[:, 1:] != IGNORE
         logits = self.language.get_output_embeddings()(hidden[:, :-1][scored]).float()
         losses = F.cross_entropy(logits, text.labels[:, 1:][scored], reduction="none")
-        ce, first = losses.mean(), losses[(text.labels[:, :-1] == IGNORE)[scored]].mean()
+        before = text.labels[:, :-1]
+        starts = (before == IGNORE) | self.ends[before.clamp(min=0)]
+        ce, first = losses.mean(), losses[starts[scored]].mean()
         prompts = self.bridge(hidden[seg_positions(text.input_ids, self.seg_id, self.convention)])[:, 0].float()
         naming = F.mse_loss(prompts, self.class_prompts[batch.classes])
         return {"loss": ce + first + _NAMING_WEIGHT * naming, "ce": ce, "first": first, "naming": naming}

@@ -188,6 +188,15 @@ def test_small_bf16_on_the_cpu_goes_by_matrix_products(causal):
     assert module._choose("auto", *large) == "sdpa"
 
 
+@pytest.mark.parametrize("suits", [True, False])
+def test_many_float32_scores_on_the_cpu_go_to_the_library_that_suits_it(suits, monkeypatch):
+    monkeypatch.setattr("medvl_sam2.kernels.linear._BLAS_SUITS", suits)
+    monkeypatch.setattr(module, "_HELD_SCORES", 100 * 140)
+    q, k, v = (x.detach() for x in inputs(n=150, m=140, d=24, dv=16))
+    torch.testing.assert_close(attention(q, k, v).double(), double_oracle(q, k, v), rtol=1e-5, atol=1e-5)
+    assert attention_status("cpu")["calls"] == {"sdpa" if suits else "matmul": 1}
+
+
 def test_dropped_weights_are_scaled_up():
     q, k, v = (x.detach() for x in inputs(n=64, m=64, d=8, dv=8, dtype=torch.bfloat16))
     for backend in ("matmul", "sdpa"):

@@ -53,7 +53,7 @@ def _gradients(out, *inputs):
     ids=str,
 )
 @pytest.mark.parametrize("heads", [1, 2])
-def test_equals_a_hiera_block_of_sam2(size, window, pool, heads):
+def test_equals_a_hiera_block_of_sam2(size, window, pool, heads, monkeypatch):
     """The package's block with its MLP silenced, against our attention and its projections; gradients as well."""
     hieradet = pytest.importorskip("sam2.modeling.backbones.hieradet")
     torch.manual_seed(7)
@@ -66,7 +66,9 @@ def test_equals_a_hiera_block_of_sam2(size, window, pool, heads):
     weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
     inputs = (x, weight, bias)
     expected = _gradients(want, *inputs)
-    for projected in (False, True):
+    for projected in (False, True, "in parts"):
+        if projected == "in parts":
+            monkeypatch.setattr(module, "_PROJECTED_BYTES", 1)
         normed = block.norm1(x)
         shortcut = hieradet.do_pool(block.proj(normed), block.pool) if pool else x
         if projected:
