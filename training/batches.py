@@ -49,8 +49,6 @@ _DRILL_WORDS = (
     PHASES,
     tuple(REGION_WORDS.values()),
 )
-# Visual tokens that stand for a scan where the LLM is trained without one.
-_FACT_ROWS = 24
 # Share of the vision steps on crops, and of the crops that hold a finding where the scan has one.
 _CROP_STEPS, _CROP_FOUND = 0.72, 0.75
 
@@ -60,8 +58,8 @@ class LanguageBatch:
     """Turns about scans of which only the facts are given.
 
     Attributes:
-        text: Packed turns behind R visual placeholders.
-        rows: (B, R, len(FACTS)) facts that each placeholder tells, 0 or 1.
+        text: Packed turns behind the visual placeholders.
+        rows: (B, visual tokens, len(FACTS)) how much each placeholder says of each fact, about 0 to 1.
         classes: (N,) index into `CLASSES` of what each [SEG] token stands for, in reading order.
     """
 
@@ -155,7 +153,7 @@ class Batches:
         """Turns about drawn facts, without scans: what the LLM knows before it sees any image."""
         phase = self.config.language
         drilled = step < _DRILL_STEPS * phase.steps
-        turns, places, rows, classes = [], [], [], []
+        turns, rows, classes = [], [], []
         for n in range(step * phase.batch, (step + 1) * phase.batch):
             rng = np.random.default_rng([self.config.seed, 0, 1, n])
             facts = synthetic_facts(rng)
@@ -164,11 +162,8 @@ class Batches:
             turns[-1] += [] if drilled else self._text_turns(facts, phase, rng)
             turns[-1] += [(request.text, request.answer) for request in requests]
             classes += [CLASSES.index((kind, name, None)) for r in requests for kind, name, _ in r.targets]
-            # A few rows, spread over the places that a scan's tokens will have: the rest would cost most of the step.
-            places.append(np.sort(rng.choice(self.chat.visual_tokens, _FACT_ROWS, replace=False)))
-            rows.append(torch.from_numpy(fact_rows(facts, _FACT_ROWS, rng)))
-        text = pack(self.chat, turns, places)
-        return LanguageBatch(text, torch.stack(rows), torch.tensor(classes, dtype=torch.long))
+            rows.append(torch.from_numpy(fact_rows(facts, self.chat.visual_tokens, rng)))
+        return LanguageBatch(pack(self.chat, turns), torch.stack(rows), torch.tensor(classes, dtype=torch.long))
 
     def vision(self, step: int) -> VisionBatch:
         """Grids with the content of every patch; crops of them at first.

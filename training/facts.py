@@ -1,6 +1,7 @@
-"""What is true of a phantom, for pre-training: as a vector for the image encoder, spread over rows for the LLM."""
+"""What is true of a phantom, as a vector, and as the rows of a scan's visual tokens that tell it."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ FACTS: tuple[str, ...] = (
     *_PLACED,
     *_SIZED,
 )
+# Spread of what a token says of facts that are not its own.
+_MURMUR = 0.02
 _INDEX = {fact: i for i, fact in enumerate(FACTS)}
 
 
@@ -57,9 +60,19 @@ def fact_vector(facts: Mapping[str, Any]) -> np.ndarray:
     return vector
 
 
-def fact_rows(facts: Mapping[str, Any], rows: int, rng: np.random.Generator) -> np.ndarray:
-    """(rows, len(FACTS)) float32: a fact that holds is 1 on one to four random rows, as a scan tells it in places."""
-    spread = np.zeros((rows, len(FACTS)), np.float32)
-    for fact in np.flatnonzero(fact_vector(facts)):
-        spread[rng.choice(rows, min(rows, rng.integers(1, 5)), replace=False), fact] = 1
-    return spread
+@lru_cache
+def fact_places(tokens: int) -> np.ndarray:
+    """(tokens, len(FACTS)) float32: 1 where a visual token tells of a fact; two tokens each, evenly spread."""
+    rng = np.random.default_rng(0)
+    rounds = [rng.permutation(tokens) for _ in range(-(-2 * len(FACTS) // tokens))]
+    places = np.zeros((tokens, len(FACTS)), np.float32)
+    places[np.concatenate(rounds)[: 2 * len(FACTS)], np.tile(np.arange(len(FACTS)), 2)] = 1
+    places.flags.writeable = False
+    return places
+
+
+def fact_rows(facts: Mapping[str, Any], tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """(tokens, len(FACTS)) float32: how much each visual token says of each fact, unsure as an encoder would be."""
+    holds = fact_vector(facts) > 0
+    told = np.where(holds, rng.uniform(0.5, 1.0, len(FACTS)), rng.uniform(0.0, 0.25, len(FACTS)))
+    return (fact_places(tokens) * told + rng.normal(0, _MURMUR, (tokens, len(FACTS)))).astype(np.float32)

@@ -4,7 +4,6 @@ Each turn sees the scan and itself but no other turn, and counts its positions f
 turn trains exactly as it will be asked at run time, while the costly visual part is computed once.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,18 +35,14 @@ class TextBatch:
         return TextBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def pack(
-    chat: ChatTokens, conversations: list[list[tuple[str, str]]], places: list[Sequence[int]] | None = None
-) -> TextBatch:
+def pack(chat: ChatTokens, conversations: list[list[tuple[str, str]]]) -> TextBatch:
     """Pack turns.
 
     Args:
         chat: Token ids of the conversation's pieces.
         conversations: Per scan its (question, answer) turns; [SEG] tokens keep this order.
-        places: Per scan the visual tokens that are kept, ascending, at the positions that they have among all; all of
-            them by default.
     """
-    rows = [_row(chat, turns, places[i] if places else None) for i, turns in enumerate(conversations)]
+    rows = [_row(chat, turns) for turns in conversations]
     length = max(len(ids) for ids, *_ in rows)
     ids = torch.full((len(rows), length), chat.end_id)
     positions = torch.zeros(len(rows), length, dtype=torch.long)
@@ -68,17 +63,10 @@ def pack(
     return TextBatch(ids, positions, mask[:, None], labels)
 
 
-def _row(
-    chat: ChatTokens, turns: list[tuple[str, str]], places: Sequence[int] | None
-) -> tuple[list[int], list[int], list[int], list[int]]:
+def _row(chat: ChatTokens, turns: list[tuple[str, str]]) -> tuple[list[int], list[int], list[int], list[int]]:
     ids = chat.prefix()
     start = len(ids)
     positions = list(range(start))
-    if places is not None:
-        first = ids.index(chat.context_id)
-        after = first + chat.visual_tokens
-        positions = [*positions[:first], *(first + int(place) for place in places), *positions[after:]]
-        ids = [ids[position] for position in positions]
     labels, turn = [IGNORE] * len(ids), [0] * len(ids)
     for number, (question, answer) in enumerate(turns, start=1):
         asked, told = chat.question(question), chat.answer(answer)

@@ -1,8 +1,9 @@
 """Pre-training of the parts, where the paper starts from public checkpoints.
 
 The full model begins with M3D-CLIP, InternVL2.5 and SAM2, trained elsewhere. The `tiny` preset has no such parts, so
-each learns its trade on phantoms first: the LLM on facts without images, the 3D ViT on what scans and patches hold (in
-place of image-report pairs), SAM2 on clicks, boxes and class prompts. The heads made here are thrown away.
+each learns its trade on phantoms first: SAM2 on clicks, boxes and class prompts, the LLM on facts without images, the
+3D ViT with the projector on what scans and patches hold (in place of image-report pairs). The heads made here are thrown
+away.
 """
 
 from dataclasses import replace
@@ -19,7 +20,7 @@ from medvl_sam2.training import checkpoint
 from medvl_sam2.training.batches import CLASSES, Batches, ClassBatch, LanguageBatch, VisionBatch
 from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.distributed import World
-from medvl_sam2.training.facts import FACTS
+from medvl_sam2.training.facts import FACTS, fact_places
 from medvl_sam2.training.loop import Losses, run_phase
 from medvl_sam2.training.packing import IGNORE
 from medvl_sam2.training.phantom import STRUCTURES
@@ -30,7 +31,7 @@ _RARE_LOGIT = -4.0
 # Weight of the dense term beside the promptable one.
 _DENSE_WEIGHT = 0.5
 # A finding fills few patches of few scans; unweighted, organs are all that the ViT learns.
-_FINDINGS_WEIGHT, _FACTS_WEIGHT = 10.0, 0.05
+_FINDINGS_WEIGHT, _FACTS_WEIGHT = 10.0, 0.1
 _NAMING_WEIGHT = 2.0
 _FACT_STD = 0.1
 # SAM2 from nothing: BCE is a mean over pixels, and calls a small structure right that is left out. Dice does not.
@@ -44,7 +45,8 @@ class _LanguageObjective(nn.Module):
     a report's next sentence tells of a finding are decided there, and a mean over all tokens is mostly of what follows.
 
     InternVL2.5's LLM has learnt to read visual tokens before the paper begins. This one learns it on rows that are sums
-    of learnt vectors of facts. From the same facts written out as a text, it learns hardly anything in the same time.
+    of learnt vectors of facts, each fact in places of its own, told as unsurely as the 3D ViT will tell it. From the same
+    facts written out as a text, it learns hardly anything in the same time.
 
     A small LLM has no reason of its own to carry the name of the organ to the constant token [SEG], and the masks' loss
     takes thousands of steps to teach it. So the bridge learns here to hand over SAM2's class prompts.
@@ -109,48 +111,57 @@ def pretrain_language(
         model.language.seg_output.copy_(causal.get_output_embeddings().weight[model.language.seg_token_id])
 
 
-class _VisionHeads(nn.Module):
-    """What each patch holds, and what is true of the scan."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.patch = nn.Linear(width, 8 * len(CLASSES))
-        self.scan = nn.Linear(2 * width, len(FACTS))
-        nn.init.constant_(self.patch.bias, _RARE_LOGIT)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = torch.cat([tokens.mean(1), tokens.amax(1)], -1)
-        return self.patch(tokens), self.scan(pooled)
-
-
 class _VisionObjective(nn.Module):
-    """The 3D ViT with its heads."""
+    """The 3D ViT with a head for what each patch holds, and the projector, whose tokens shall tell the scan's facts.
 
-    def __init__(self, vision: nn.Module, width: int):
+    M3D-CLIP has been aligned with reports before the paper begins. Here the alignment is with what the LLM has learnt to
+    read: each visual token shall be the sum of its facts' vectors, times how sure the encoder is of them.
+    """
+
+    def __init__(self, model: MedVLSAM2, fact_vectors: Tensor):
         super().__init__()
-        self.vision = vision
-        self.heads = _VisionHeads(width)
+        self.vision, self.projector = model.vision, model.projector
+        self.patch_head = nn.Linear(model.config.vision.hidden_size, 8 * len(CLASSES))
+        nn.init.constant_(self.patch_head.bias, _RARE_LOGIT)
+        places = torch.from_numpy(fact_places(model.config.projector.tokens).copy())
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("fact_vectors", fact_vectors.float(), persistent=False)
 
     def forward(self, batch: VisionBatch) -> Losses:
-        patches, scan = self.heads(self.vision(batch.grid.to(self.vision.cls_token.dtype), batch.tokens))
+        tokens = self.vision(batch.grid.to(self.vision.cls_token.dtype), batch.tokens)
         # Summed over classes: a mean would let the many empty ones drown the few that are there.
-        dense = F.binary_cross_entropy_with_logits(patches.float(), batch.patches, reduction="none").mean((0, 1))
-        dense = dense.view(8, len(CLASSES)).mean(0)
+        held = F.binary_cross_entropy_with_logits(self.patch_head(tokens).float(), batch.patches, reduction="none")
+        dense = held.mean((0, 1)).view(8, len(CLASSES)).mean(0)
         organs, findings = dense[: len(STRUCTURES)].sum(), dense[len(STRUCTURES) :].sum()
         terms = {"organs": organs, "findings": findings}
         loss = organs + _FINDINGS_WEIGHT * findings
         if batch.facts is None:
             # Every parameter takes part in every step, as distributed training needs.
-            return {"loss": loss + 0.0 * scan.sum(), **terms}
-        facts = F.binary_cross_entropy_with_logits(scan.float(), batch.facts, reduction="none").sum(-1).mean()
+            return {"loss": loss + 0.0 * sum(p.sum() for p in self.projector.parameters()), **terms}
+        wanted = (batch.facts[:, None] * self.places) @ self.fact_vectors
+        unit = self.fact_vectors.square().sum(-1).mean()
+        facts = (self.projector(tokens).float() - wanted).square().sum((1, 2)).mean() / unit
         return {"loss": loss + _FACTS_WEIGHT * facts, **terms, "facts": facts}
 
 
 def pretrain_vision(
     model: MedVLSAM2, batches: Batches, config: TrainConfig, out: Path, world: World | None = None
 ) -> None:
-    """Train the 3D ViT on the content of patches and scans."""
-    objective = _VisionObjective(model.vision.requires_grad_(True), model.config.vision.hidden_size)
+    """Train the 3D ViT on the content of patches and scans, and the projector to tell it. The LLM comes before.
+
+    Raises:
+        ValueError: The LLM has not been pre-trained.
+    """
+    read = checkpoint.load(out / "checkpoints" / "language.pt")
+    if read is None:
+        if config.vision.steps:
+            raise ValueError(
+                "language: expected it to be trained before vision, found no checkpoint; give language.steps"
+            )
+        return
+    model.vision.requires_grad_(True)
+    model.projector.requires_grad_(True)
+    objective = _VisionObjective(model, read["parameters"]["heads.weight"])
     run_phase("vision", objective, batches.vision, config, out, world)
 
 

@@ -12,7 +12,7 @@ from medvl_sam2.training.batches import CLASSES, Batches
 from medvl_sam2.training.clips import PromptKind, make_clip, spatial_prompt
 from medvl_sam2.training.config import LossConfig, TrainConfig, load_config
 from medvl_sam2.training.corpus import synthetic_facts
-from medvl_sam2.training.facts import fact_rows, fact_vector
+from medvl_sam2.training.facts import fact_places, fact_rows, fact_vector
 from medvl_sam2.training.phantom import FINDINGS, STRUCTURES
 from medvl_sam2.training.segmentation import _score
 from medvl_sam2.training.store import PhantomStore
@@ -84,12 +84,15 @@ def test_the_encoder_places_the_patches_of_a_part_where_they_are_told_to_be():
         torch.testing.assert_close(embedded, encoder.patch_embedding(grid)[:, tokens])
 
 
-def test_rows_of_facts_tell_what_holds_and_nothing_else():
-    facts = synthetic_facts(np.random.default_rng(3))
-    rows = fact_rows(facts, 24, np.random.default_rng(4))
-    assert np.array_equal(rows.max(0), fact_vector(facts))
-    told = rows.sum(0)[fact_vector(facts) > 0]
-    assert told.min() >= 1 and told.max() <= 4
+def test_each_fact_is_told_by_two_tokens_of_its_own():
+    facts, tokens = synthetic_facts(np.random.default_rng(3)), 200
+    places = fact_places(tokens)
+    assert (places.sum(0) == 2).all() and places.sum(1).max() <= 3
+    rows = fact_rows(facts, tokens, np.random.default_rng(4))
+    told = np.array([rows[places[:, fact] > 0, fact].mean() for fact in range(rows.shape[1])])
+    holds = fact_vector(facts) > 0
+    assert told[holds].min() > 0.4 > 0.35 > told[~holds].max()
+    assert abs(rows[places == 0]).max() < 0.15, "a murmur elsewhere"
 
 
 def test_a_purely_spatial_clip_holds_only_what_its_first_slice_shows(batches):

@@ -55,18 +55,6 @@ def test_padding_does_not_reach_shorter_rows(model):
     torch.testing.assert_close(long.hidden[:1, :length], short.hidden, atol=2e-5, rtol=1e-4)
 
 
-def test_kept_visual_tokens_stay_where_they_are(model):
-    whole, part = pack(model.chat, [TURNS]), pack(model.chat, [TURNS], [[3, 70]])
-    kept = part.position_ids[0][part.input_ids[0] == model.chat.context_id]
-    assert kept.tolist() == [model.chat.prefix().index(model.chat.context_id) + place for place in (3, 70)]
-    words = [batch.input_ids[0] != model.chat.context_id for batch in (whole, part)]
-    for name in ("input_ids", "position_ids", "labels"):
-        assert torch.equal(getattr(whole, name)[0][words[0]], getattr(part, name)[0][words[1]])
-    everywhere = pack(model.chat, [TURNS], [range(model.chat.visual_tokens)])
-    assert torch.equal(everywhere.position_ids, whole.position_ids)
-    assert torch.equal(everywhere.attention_mask, whole.attention_mask)
-
-
 def test_positions_continue_from_the_prefix(model):
     packed = pack(model.chat, [TURNS])
     prefix = len(model.chat.prefix())

@@ -19,8 +19,9 @@ from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.training import checkpoint, train
 from medvl_sam2.training.batches import CLASSES
 from medvl_sam2.training.config import PhaseConfig, TrainConfig, load_config
+from medvl_sam2.training.facts import FACTS
 from medvl_sam2.training.loop import learning_rate, run_phase
-from medvl_sam2.training.pretrain import _LanguageObjective
+from medvl_sam2.training.pretrain import _LanguageObjective, _VisionObjective
 from medvl_sam2.training.stages import TRAINABLE
 
 
@@ -93,6 +94,32 @@ def test_the_language_reads_the_rows_of_facts_as_visual_tokens(built, config):
     torch.testing.assert_close(losses["ce"], whole.loss)
     assert len(names) == len(prompts)
     torch.testing.assert_close(losses["naming"], prompts.square().mean())
+
+
+def test_the_projector_learns_to_say_what_the_language_reads(built, config, tmp_path):
+    model, batches, _ = built
+    with pytest.raises(ValueError, match=r"language: expected it to be trained before vision"):
+        train.run_one("vision", model, batches, config, tmp_path)
+    batch = dataclasses.replace(batches.vision(config.vision.steps), tokens=None)
+    vectors = torch.randn(len(FACTS), model.config.language.hidden_size)
+    objective = _VisionObjective(model, vectors)
+    rows = torch.stack([objective.places * holds for holds in batch.facts]) @ vectors
+    losses = {}
+    for name, said in (("all", rows), ("half", rows / 2), ("nothing", torch.zeros_like(rows))):
+        objective.projector = _Says(said)
+        with torch.no_grad():
+            losses[name] = float(objective(batch)["facts"])
+    assert losses["all"] == 0
+    assert losses["half"] == pytest.approx(losses["nothing"] / 4)
+
+
+class _Says(nn.Module):
+    def __init__(self, rows: torch.Tensor):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.rows
 
 
 def test_the_language_stays_frozen_in_stage_1(built):
