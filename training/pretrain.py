@@ -2,8 +2,8 @@
 
 The full model begins with M3D-CLIP, InternVL2.5 and SAM2, trained elsewhere. The `tiny` preset has no such parts, so
 each learns its trade on phantoms first: SAM2 on clicks, boxes and class prompts, the LLM on facts without images, the
-3D ViT with the projector on what scans and patches hold (in place of image-report pairs). The heads made here are thrown
-away.
+3D ViT with the projector on what scans and patches hold (in place of image-report pairs). The heads made here are
+thrown away.
 """
 
 from dataclasses import replace
@@ -45,8 +45,8 @@ class _LanguageObjective(nn.Module):
     a report's next sentence tells of a finding are decided there, and a mean over all tokens is mostly of what follows.
 
     InternVL2.5's LLM has learnt to read visual tokens before the paper begins. This one learns it on rows that are sums
-    of learnt vectors of facts, each fact in places of its own, told as unsurely as the 3D ViT will tell it. From the same
-    facts written out as a text, it learns hardly anything in the same time.
+    of learnt vectors of facts, each fact in places of its own, told as unsurely as the 3D ViT will tell it. From the
+    same facts written out as a text, it learns hardly anything in the same time.
 
     A small LLM has no reason of its own to carry the name of the organ to the constant token [SEG], and the masks' loss
     takes thousands of steps to teach it. So the bridge learns here to hand over SAM2's class prompts.
@@ -114,8 +114,8 @@ def pretrain_language(
 class _VisionObjective(nn.Module):
     """The 3D ViT with a head for what each patch holds, and the projector, whose tokens shall tell the scan's facts.
 
-    M3D-CLIP has been aligned with reports before the paper begins. Here the alignment is with what the LLM has learnt to
-    read: each visual token shall be the sum of its facts' vectors, times how sure the encoder is of them.
+    M3D-CLIP has been aligned with reports before the paper begins. Here the alignment is with what the LLM has learnt
+    to read: each visual token shall be the sum of its facts' vectors, times how sure the encoder is of them.
     """
 
     def __init__(self, model: MedVLSAM2, fact_vectors: Tensor):
