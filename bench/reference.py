@@ -119,8 +119,11 @@ class Reference:
             )[0]
 
         with prompted(package, embedding), quiet():
-            scores = [alone(index, False)["object_score_logits"] for index in range(state["num_frames"])]
-            start = int(torch.cat(scores).argmax())
+            slices = [alone(index, False) for index in range(state["num_frames"])]
+            scores = torch.cat([one["object_score_logits"] for one in slices])
+            if not self.model.config.seg.use_memory:
+                return self._gated(torch.cat([one["pred_masks"][0] for one in slices]), scores)
+            start = int(scores.argmax())
             outputs["cond_frame_outputs"][start] = alone(start, True)
             for reverse in (False, True):
                 for _ in package.propagate_in_video(state, start, reverse=reverse):
@@ -133,9 +136,10 @@ class Reference:
         found = []
         for token in embeddings.split(1):
             asked = Prompts(embeddings=token)
-            _, scores = sam2.predict_slices(features, asked, gate_by_object_score=False, max_batch=1)
-            start = int(scores.argmax())
-            logits, scores = propagate(sam2, features, {start: asked}, start=start, seg_embeddings=token)
+            logits, scores = sam2.predict_slices(features, asked, gate_by_object_score=False, max_batch=1)
+            if self.model.config.seg.use_memory:
+                start = int(scores.argmax())
+                logits, scores = propagate(sam2, features, {start: asked}, start=start, seg_embeddings=token)
             found.append(self._gated(logits[:, 0], scores))
         return found
 
