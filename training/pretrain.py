@@ -59,6 +59,8 @@ class _LanguageObjective(nn.Module):
         self.context_id = model.chat.context_id
         self.heads = nn.Embedding(len(FACTS), model.config.language.hidden_size)
         nn.init.normal_(self.heads.weight, std=_FACT_STD)
+        # Part of every row. The LLM normalises rows, so that one with nothing but a doubt would else be a certainty.
+        self.ground = nn.Parameter(torch.randn(model.config.language.hidden_size) * _FACT_STD)
         self.register_buffer("class_prompts", class_prompts, persistent=False)
         words = model.tokenizer.batch_decode([[token] for token in range(len(model.tokenizer))])
         ends = torch.tensor([word.rstrip().endswith((".", ":")) for word in words])
@@ -67,7 +69,7 @@ class _LanguageObjective(nn.Module):
     def forward(self, batch: LanguageBatch) -> Losses:
         text = batch.text
         embeds = self.language.get_input_embeddings()(text.input_ids)
-        told = (batch.rows @ self.heads.weight).to(embeds.dtype)
+        told = (self.ground + batch.rows @ self.heads.weight).to(embeds.dtype)
         hidden = self.language.model(
             inputs_embeds=embeds.masked_scatter((text.input_ids == self.context_id)[..., None], told),
             attention_mask=text.attention_mask,
@@ -118,7 +120,7 @@ class _VisionObjective(nn.Module):
     to read: each visual token shall be the sum of its facts' vectors, times how sure the encoder is of them.
     """
 
-    def __init__(self, model: MedVLSAM2, fact_vectors: Tensor):
+    def __init__(self, model: MedVLSAM2, fact_vectors: Tensor, ground: Tensor):
         super().__init__()
         self.vision, self.projector = model.vision, model.projector
         self.patch_head = nn.Linear(model.config.vision.hidden_size, 8 * len(CLASSES))
@@ -126,6 +128,7 @@ class _VisionObjective(nn.Module):
         places = torch.from_numpy(fact_places(model.config.projector.tokens).copy())
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("fact_vectors", fact_vectors.float(), persistent=False)
+        self.register_buffer("ground", ground.float(), persistent=False)
 
     def forward(self, batch: VisionBatch) -> Losses:
         tokens = self.vision(batch.grid.to(self.vision.cls_token.dtype), batch.tokens)
@@ -138,7 +141,7 @@ class _VisionObjective(nn.Module):
         if batch.facts is None:
             # Every parameter takes part in every step, as distributed training needs.
             return {"loss": loss + 0.0 * sum(p.sum() for p in self.projector.parameters()), **terms}
-        wanted = (batch.facts[:, None] * self.places) @ self.fact_vectors
+        wanted = self.ground + (batch.facts[:, None] * self.places) @ self.fact_vectors
         unit = self.fact_vectors.square().sum(-1).mean()
         facts = (self.projector(tokens).float() - wanted).square().sum((1, 2)).mean() / unit
         return {"loss": loss + _FACTS_WEIGHT * facts, **terms, "facts": facts}
@@ -161,7 +164,8 @@ def pretrain_vision(
         return
     model.vision.requires_grad_(True)
     model.projector.requires_grad_(True)
-    objective = _VisionObjective(model, read["parameters"]["heads.weight"])
+    learnt = read["parameters"]
+    objective = _VisionObjective(model, learnt["heads.weight"], learnt["ground"])
     run_phase("vision", objective, batches.vision, config, out, world)
 
 

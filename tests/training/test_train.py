@@ -84,7 +84,7 @@ def test_the_language_reads_the_rows_of_facts_as_visual_tokens(built, config):
         model.language.seg_output.copy_(model.language.causal.get_output_embeddings().weight[model.chat.seg_id])
         whole = model(
             text.input_ids,
-            torch.einsum("brf,fh->brh", batch.rows, objective.heads.weight),
+            torch.einsum("brf,fh->brh", batch.rows, objective.heads.weight) + objective.ground,
             attention_mask=text.attention_mask,
             position_ids=text.position_ids,
             labels=text.labels,
@@ -101,12 +101,12 @@ def test_the_projector_learns_to_say_what_the_language_reads(built, config, tmp_
     with pytest.raises(ValueError, match=r"language: expected it to be trained before vision"):
         train.run_one("vision", model, batches, config, tmp_path)
     batch = dataclasses.replace(batches.vision(config.vision.steps), tokens=None)
-    vectors = torch.randn(len(FACTS), model.config.language.hidden_size)
-    objective = _VisionObjective(model, vectors)
-    rows = torch.stack([objective.places * holds for holds in batch.facts]) @ vectors
+    ground, *vectors = torch.randn(1 + len(FACTS), model.config.language.hidden_size)
+    objective = _VisionObjective(model, torch.stack(vectors), ground)
+    rows = torch.stack([objective.places * holds for holds in batch.facts]) @ torch.stack(vectors)
     losses = {}
     for name, said in (("all", rows), ("half", rows / 2), ("nothing", torch.zeros_like(rows))):
-        objective.projector = _Says(said)
+        objective.projector = _Says(ground + said)
         with torch.no_grad():
             losses[name] = float(objective(batch)["facts"])
     assert losses["all"] == 0
