@@ -81,7 +81,7 @@ def volume_ingest_reference(
     plane = (voxels.shape[1] if rows is None else len(rows), voxels.shape[2])
     slices = list(enumerate(zip(*(t.tolist() for t in z_taps))))
 
-    # A thread's own state: the buffers were perhaps made outside of the caller's mode.
+    # Autograd's modes belong to a thread: a worker does not have the caller's.
     @torch.inference_mode()
     def resample(part: Sequence[tuple[int, tuple[int, int, float]]]) -> None:
         raw = {key: torch.empty(plane, device=device) for key in ("a", "b")}
