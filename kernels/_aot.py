@@ -39,6 +39,7 @@ class Variant:
         num_warps: Warps per program.
         num_stages: Software pipeline depth.
         wgmma: Whether Hopper's matrix instructions must appear on sm_90.
+        capability: The oldest target that has all of its instructions.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     wgmma: bool = False
+    capability: int = 80
 
 
 def all_variants() -> dict[str, Variant]:
@@ -59,6 +61,16 @@ def all_variants() -> dict[str, Variant]:
             assert key not in variants, f"two compile variants are called {key}"
             variants[key] = variant
     return variants
+
+
+def all_targets() -> dict[str, tuple[Variant, int]]:
+    """Each variant with every target that it compiles for, keyed ``file/variant@sm_<capability>``."""
+    return {
+        f"{key}@sm_{capability}": (variant, capability)
+        for key, variant in all_variants().items()
+        for capability in SHARED_LIMIT
+        if capability >= variant.capability
+    }
 
 
 def inspect_variant(variant: Variant, capability: int) -> dict[str, int]:
@@ -98,13 +110,12 @@ def write_golden(path: Path, files: Collection[str] = ()) -> None:
 
     known = json.loads(path.read_text())["findings"] if files else {}
     findings: dict[str, dict[str, int]] = {}
-    variants = all_variants()
-    for key in variants:
-        for name, capability in ((f"{key}@sm_{capability}", capability) for capability in SHARED_LIMIT):
-            keep = name in known and key.split("/")[0] not in files
-            findings[name] = known[name] if keep else inspect_variant(variants[key], capability)
+    targets = all_targets()
+    for name, target in targets.items():
+        keep = name in known and name.split("/")[0] not in files
+        findings[name] = known[name] if keep else inspect_variant(*target)
         # Written as it grows: what a run that is cut short has found, the next one keeps.
-        later = {name: known[name] for name in known if name not in findings and name.split("@")[0] in variants}
+        later = {other: known[other] for other in known if other not in findings and other in targets}
         lines = ",\n".join(f" {json.dumps(n)}: {json.dumps(found)}" for n, found in {**findings, **later}.items())
         path.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "findings": {{\n{lines}\n}}}}\n')
 
