@@ -1,7 +1,7 @@
 """The runtime: a model on its device, and the sessions of the scans it knows."""
 
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from medvl_sam2.engine.beside import Beside
+from medvl_sam2.engine.float8 import Float8Check, use_float8
 from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.language.base import LanguageBackend
 from medvl_sam2.engine.language.transformers import TransformersBackend
@@ -21,6 +22,7 @@ from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.engine.turns import FairLock
 from medvl_sam2.engine.volumes import read_volume
+from medvl_sam2.kernels.float8_linear import why_not_float8
 from medvl_sam2.model.export import EXPORTED, export_language
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.processing import VolumeProcessor
@@ -153,6 +155,44 @@ class MedVLEngine:
                     del self._sessions[key]
                     self._used.pop(session, None)
                     session.release()
+
+    def use_float8(
+        self,
+        scan: str | os.PathLike | Volume,
+        targets: Sequence[str],
+        *,
+        least_dice: float = 0.99,
+        least_tokens: float = 0.95,
+    ) -> Float8Check:
+        """Round the weights of the LLM's and the image encoder's widest layers to float8, if a scan shows no harm.
+
+        The scan's masks and report are made before and after; where they differ by more than the bounds, the weights
+        stay as they were. To be called before other threads use the engine: it lets go of all that is kept of scans.
+
+        Args:
+            scan: One of the kind that will be read.
+            targets: Names of objects in it.
+            least_dice: Least overlap of each mask with the one before.
+            least_tokens: Least share of the report's tokens that the model would still say next.
+
+        Raises:
+            InputError: The device has no float8 products, another backend than transformers runs the LLM, or the model
+                finds none of the targets.
+        """
+        if reason := why_not_float8(self.device):
+            raise InputError(f"float8: {reason}; leave the weights as they are")
+        if not isinstance(self.language, TransformersBackend):
+            raise InputError("float8: expected the transformers backend; vLLM rounds its weights itself (quantization)")
+        volume = scan if isinstance(scan, Volume) else read_volume(scan)
+        return use_float8(self, self._model, volume, targets, least_dice=least_dice, least_tokens=least_tokens)
+
+    def forget(self) -> None:
+        """Let go of all that is kept of scans, and of what was recorded with the weights as they are."""
+        with self.lock:
+            for session in list(self._used):
+                session.release()
+            if isinstance(self.language, TransformersBackend):
+                self.language.forget()
 
     @contextmanager
     def using(self, session: VolumeSession) -> Iterator[None]:

@@ -11,8 +11,8 @@ from medvl_sam2.engine.geometry import Volume
 from medvl_sam2.engine.prompting import SlicePrompts
 from medvl_sam2.engine.segmenter import ObjectSlices
 from medvl_sam2.engine.timing import Stages
+from medvl_sam2.engine.track_state import KeptFeatures
 from medvl_sam2.model.processing import ScanArray
-from medvl_sam2.model.sam2 import SliceFeatures
 
 if TYPE_CHECKING:
     from medvl_sam2.engine.engine import MedVLEngine
@@ -31,7 +31,7 @@ class ScanWork:
         self._scan = ScanArray(volume.voxels, volume.slope, volume.intercept)
         self.transform = engine.processor.transform(self._scan)
         self._prefix: Any = None
-        self._features: Job[SliceFeatures] | None = None
+        self._features: Job[KeptFeatures] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -54,14 +54,14 @@ class ScanWork:
                 self._prefix = engine.language.prefix(visual)
         return self._prefix
 
-    def features(self, stages: Stages, cancel: Event | None = None) -> Job[SliceFeatures]:
+    def features(self, stages: Stages, cancel: Event | None = None) -> Job[KeptFeatures]:
         """SAM2's features of all slices; where there is a stream for it, their work begins here."""
         engine = self._engine
         if self._features is None or not self._features.is_usable:
             # What runs beside others may be waited for by several requests, so that none of them can call it off.
             stop = None if engine.beside.is_parallel else cancel
 
-            def encode() -> SliceFeatures:
+            def encode() -> KeptFeatures:
                 with stages.measure("slices"):
                     return engine.segmenter.encode(
                         lambda start, stop: engine.processor.slice_images(self._scan, self.transform, start, stop),
@@ -97,7 +97,7 @@ class ScanWork:
         )
 
     def _masks(
-        self, find: Callable[[SliceFeatures], Any], stages: Stages, cancel: Event | None, *inputs: Any
+        self, find: Callable[[KeptFeatures], Any], stages: Stages, cancel: Event | None, *inputs: Any
     ) -> Job[Any]:
         features = self.features(stages, cancel)
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from medvl_sam2.engine.chunks import Chunks, free_cached, out_of_memory
 from medvl_sam2.engine.propagation import propagate, propagate_each
 from medvl_sam2.engine.runner import SliceRunner
-from medvl_sam2.engine.slice_features import Images, SliceEncoder
-from medvl_sam2.engine.track_state import Features, Mode
+from medvl_sam2.engine.slice_features import Images, Place, SliceEncoder, choose_place
+from medvl_sam2.engine.track_state import Features, KeptFeatures, Mode
 from medvl_sam2.engine.volume_track import VolumeTrack
 from medvl_sam2.model.config import SegConfig
-from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SliceFeatures
+from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,21 @@ class Segmenter:
         config: How [SEG] is used.
         chunk: Slices encoded at a time; None decides by the memory.
         mode: "reference" or "independent", see `VolumeTrack`.
+        keep: Where image features stay: on the "device", on the "host", or "auto" as the device's memory allows.
     """
 
-    def __init__(self, sam2: SAM2, config: SegConfig, chunk: int | None = None, mode: Mode = "reference"):
+    def __init__(
+        self,
+        sam2: SAM2,
+        config: SegConfig,
+        chunk: int | None = None,
+        mode: Mode = "reference",
+        keep: Place = "auto",
+    ):
         self.sam2 = sam2
         self.config = config
         self.mode = mode
+        self.keep = keep
         self.runner = SliceRunner(sam2)
         self._encoder = SliceEncoder(sam2, chunk)
         # A slice and an object at a time keep a CPU's cache; a GPU wants many.
@@ -65,14 +74,20 @@ class Segmenter:
         self._chunks = Chunks(self._pairs, "decoding")
 
     @torch.inference_mode()
-    def encode(self, images: Images, slices: int, cancel: Event | None = None) -> SliceFeatures:
-        """Image features of all slices.
+    def encode(self, images: Images, slices: int, cancel: Event | None = None) -> KeptFeatures:
+        """Image features of all slices, to be kept.
 
         Args:
             images: Gives slices [start, stop) as (n, 3, R, R), normalised.
             slices: How many there are.
             cancel: Ends the work with `Cancelled` before the next slices once set.
         """
+        weight = self.sam2.no_mem_embed
+        place = (
+            choose_place(self.sam2.config, weight.device, weight.dtype, slices) if self.keep == "auto" else self.keep
+        )
+        if place == "host":
+            return self._encoder.encode_to_host(images, slices, cancel)
         return self._encoder.encode(images, 0, slices, cancel)
 
     def track(self, features: Features, embeddings: Tensor | None = None) -> VolumeTrack:
@@ -86,7 +101,7 @@ class Segmenter:
         return VolumeTrack(self.runner, features, mode=self.mode, seg_embeddings=every)
 
     @torch.inference_mode()
-    def by_text(self, features: SliceFeatures, embeddings: Tensor, cancel: Event | None = None) -> list[ObjectSlices]:
+    def by_text(self, features: Features, embeddings: Tensor, cancel: Event | None = None) -> list[ObjectSlices]:
         """Objects known by their [SEG] vectors alone, as one batch; as smaller ones where memory does not suffice.
 
         Every slice is first read without memory; the slice with the best object score then starts the memory, which
@@ -107,7 +122,7 @@ class Segmenter:
         free_cached()
         return [found for part in embeddings.split(half) for found in self.by_text(features, part, cancel)]
 
-    def _by_text(self, features: SliceFeatures, embeddings: Tensor, cancel: Event | None) -> list[ObjectSlices]:
+    def _by_text(self, features: Features, embeddings: Tensor, cancel: Event | None) -> list[ObjectSlices]:
         logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
         starts: list[int | None] = [None] * len(embeddings)
         if self.config.use_memory:
@@ -136,7 +151,7 @@ class Segmenter:
     @torch.inference_mode()
     def by_prompts(
         self,
-        features: SliceFeatures,
+        features: Features,
         prompts: Mapping[int, Prompts],
         start: int | None,
         embeddings: Tensor | None,
@@ -182,7 +197,7 @@ class Segmenter:
         columns, rows = ((at < low - 1) | (at > high + 1) for low, high in ((x0, x1), (y0, y1)))
         return rows[:, None] | columns
 
-    def _alone(self, features: SliceFeatures, prompts: Prompts, cancel: Event | None) -> tuple[Tensor, Tensor]:
+    def _alone(self, features: Features, prompts: Prompts, cancel: Event | None) -> tuple[Tensor, Tensor]:
         """Every slice without memory."""
         objects = prompts.batch_size or 1
 

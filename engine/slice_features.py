@@ -1,7 +1,11 @@
-"""Image features of a stack of slices, encoded in chunks that fit a memory budget, at once or as they are needed."""
+"""Image features of a stack of slices, encoded in chunks that fit a memory budget, at once or as they are needed.
+
+What is encoded at once stays on the device, or on page-locked memory of the host where it would crowd the device.
+"""
 
 from collections.abc import Callable
 from threading import Event
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +19,12 @@ from medvl_sam2.model.sam2.config import PATCH_STRIDE, SAM2Config
 Images = Callable[[int, int], Tensor]
 """Gives slices [start, stop) as (n, 3, R, R), normalised."""
 
+Place = Literal["auto", "device", "host"]
+
 CPU_BUDGET = 128 << 20
 CUDA_SHARE = 8
+# Features that would take more than this part of what is free go to the host.
+KEPT_SHARE = 2
 
 
 def working_bytes(config: SAM2Config, itemsize: int) -> int:
@@ -37,6 +45,21 @@ def choose_chunk(config: SAM2Config, device: torch.device, dtype: torch.dtype, b
     if budget is None:
         budget = torch.cuda.mem_get_info(device)[0] // CUDA_SHARE if device.type == "cuda" else CPU_BUDGET
     return max(1, min(64, budget // working_bytes(config, dtype.itemsize)))
+
+
+def feature_bytes(config: SAM2Config, itemsize: int) -> int:
+    """What the features of one slice take: a map at stride 16, and two finer ones of less depth."""
+    return 4 * config.feature_size**2 * config.d_model * itemsize
+
+
+def choose_place(
+    config: SAM2Config, device: torch.device, dtype: torch.dtype, slices: int
+) -> Literal["device", "host"]:
+    """Where the features of so many slices are best kept."""
+    if device.type != "cuda":
+        return "device"
+    free = torch.cuda.mem_get_info(device)[0]
+    return "host" if slices * feature_bytes(config, dtype.itemsize) > free // KEPT_SHARE else "device"
 
 
 class FoldedEncoder:
@@ -94,13 +117,62 @@ class SliceEncoder:
         Raises:
             Cancelled: The event was set.
         """
-        weight = self.sam2.no_mem_embed
-
-        def encode(start: int, stop: int) -> SliceFeatures:
-            return self._encode(images(start, stop).to(weight.device, weight.dtype))
-
-        parts = self.chunks.run(encode, start, stop, cancel)
+        parts = self.chunks.run(lambda start, stop: self._encoded(images, start, stop), start, stop, cancel)
         return parts[0] if len(parts) == 1 else SliceFeatures.cat(parts)
+
+    def encode_to_host(self, images: Images, slices: int, cancel: Event | None = None) -> "HostFeatures":
+        """Image features of all slices; each chunk leaves the device when it is done.
+
+        Raises:
+            Cancelled: The event was set.
+        """
+        weight = self.sam2.no_mem_embed
+        kept = HostFeatures(self.sam2.config, slices, weight.device, weight.dtype)
+        self.chunks.run(lambda start, stop: kept.put(start, self._encoded(images, start, stop)), 0, slices, cancel)
+        return kept
+
+    def _encoded(self, images: Images, start: int, stop: int) -> SliceFeatures:
+        weight = self.sam2.no_mem_embed
+        return self._encode(images(start, stop).to(weight.device, weight.dtype))
+
+
+class HostFeatures:
+    """Features of a stack on the host, page-locked for a GPU, to which what is asked for is copied.
+
+    Takes the place of `SliceFeatures`. The copies are ordered by the stream of whoever puts or asks.
+
+    Args:
+        config: Sizes.
+        slices: How many there are.
+        device: Where they are made and used.
+        dtype: Of the features.
+    """
+
+    def __init__(self, config: SAM2Config, slices: int, device: torch.device, dtype: torch.dtype) -> None:
+        side, depth, pinned = config.feature_size, config.d_model, device.type == "cuda"
+        shapes = ((side, side, depth), (4 * side, 4 * side, depth // 8), (2 * side, 2 * side, depth // 4))
+        # Channels last, as they are made, so that a copy is one piece.
+        maps = (torch.empty((slices, *shape), dtype=dtype, pin_memory=pinned).permute(0, 3, 1, 2) for shape in shapes)
+        vision, *high_res = maps
+        self._kept, self._device = SliceFeatures(vision, tuple(high_res)), device
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int | slice) -> SliceFeatures:
+        """One slice, or a range of slices, on the device."""
+        return self._kept[index].to(self._device, non_blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken on the host, in bytes."""
+        return self._kept.nbytes
+
+    def put(self, start: int, features: SliceFeatures) -> None:
+        """Keep the features of the slices from `start` on."""
+        part = self._kept[start : start + len(features)]
+        for mine, new in zip((part.vision, *part.high_res), (features.vision, *features.high_res)):
+            mine.copy_(new, non_blocking=True)
 
 
 class LazyFeatures:

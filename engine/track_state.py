@@ -13,11 +13,18 @@ Mode = Literal["reference", "independent"]
 
 
 class Features(Protocol):
-    """Features of a stack of slices: `SliceFeatures`, or `LazyFeatures`."""
+    """Features of a stack of slices: `SliceFeatures`, `HostFeatures` or `LazyFeatures`."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int | slice) -> SliceFeatures: ...
+
+
+class KeptFeatures(Features, Protocol):
+    """Those that take memory until they are let go."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class TrackState:

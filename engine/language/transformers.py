@@ -151,6 +151,23 @@ class TransformersBackend(LanguageBackend):
             ]
         return results
 
+    @torch.inference_mode()
+    def predicted(self, prefix: Prefix, question: Sequence[int], answer: Sequence[int]) -> list[int]:
+        """What the model would say at each place of an answer that it is given up to there.
+
+        Args:
+            prefix: From `prefix`.
+            question: Token ids.
+            answer: Token ids of the answer.
+        """
+        ids = torch.tensor([[*question, *answer]], device=self._device)
+        hidden = self.model.hidden(self.model.embed(ids), _fork(prefix.cache))[0, len(question) - 1 : -1]
+        return self.model.logits(hidden).argmax(-1).tolist()
+
+    def forget(self) -> None:
+        """Let go of recorded decoders, which know the weights of the time when they were recorded."""
+        self._kept.clear()
+
     def _weigh(self, hidden: Tensor, start: int, answer: Sequence[int], rival: Sequence[int] | None) -> Forced:
         offset = start - (self.convention == "predicting")
         states = hidden[[offset + i for i, token in enumerate(answer) if token == self.chat.seg_id]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medvl_sam2.engine import slice_features
 from medvl_sam2.engine.cancelling import Cancelled
 from medvl_sam2.engine.chains import stretches
 from medvl_sam2.engine.graphs import StepGraph
@@ -19,7 +20,15 @@ from medvl_sam2.engine.propagation import propagate, propagate_each
 from medvl_sam2.engine.ring_memory import plan_chain
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.segmenter import Segmenter
-from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder, choose_chunk, working_bytes
+from medvl_sam2.engine.slice_features import (
+    HostFeatures,
+    LazyFeatures,
+    SliceEncoder,
+    choose_chunk,
+    choose_place,
+    feature_bytes,
+    working_bytes,
+)
 from medvl_sam2.engine.volume_track import VolumeTrack
 from medvl_sam2.model.config import SegConfig
 from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts, SAM2Config, SliceFeatures, VolumeTracker
@@ -461,6 +470,35 @@ def test_lazy_features_and_a_lack_of_memory(
     monkeypatch.setattr(encoder, "_encode", lambda x: (_ for _ in ()).throw(RuntimeError("shape")))
     with pytest.raises(RuntimeError, match="shape"):
         encoder.encode(lambda a, b: images[a:b], 0, 10)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_features_on_the_host_give_the_same_masks(sam2: SAM2, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    images = torch.randn(10, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4)).to(device)
+    model = SAM2(CONFIG).eval().to(device)
+    model.load_state_dict(sam2.state_dict())
+    found = {}
+    for keep in ("device", "host"):
+        segmenter = Segmenter(model, SegConfig(), chunk=4, keep=keep)
+        features = segmenter.encode(lambda a, b: images[a:b], 10)
+        assert features.nbytes == 10 * feature_bytes(CONFIG, 4)
+        found[keep] = segmenter.by_text(features, embeddings(2).to(device))
+    assert isinstance(features, HostFeatures) and features[3].vision.device.type == device
+    assert features._kept.vision.device.type == "cpu" and features._kept.vision.is_pinned() == (device == "cuda")
+    for mine, theirs in zip(found["host"], found["device"]):
+        assert mine.start == theirs.start
+        assert_equal((mine.logits, mine.scores), (theirs.logits, theirs.scores), tolerance=1e-5)
+
+
+def test_features_go_to_the_host_where_they_would_crowd_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, each = torch.device("cuda"), feature_bytes(CONFIG, 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * each, 100 * each))
+    assert choose_place(CONFIG, cuda, torch.bfloat16, 20 // slice_features.KEPT_SHARE) == "device"
+    assert choose_place(CONFIG, cuda, torch.bfloat16, 20 // slice_features.KEPT_SHARE + 1) == "host"
+    assert choose_place(CONFIG, torch.device("cpu"), torch.float32, 10_000) == "device"
 
 
 def test_chunks_follow_the_budget() -> None:
