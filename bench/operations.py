@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medvl_sam2.kernels.attention import attention
 from medvl_sam2.kernels.axial_rope import axial_rope_tables
+from medvl_sam2.kernels.float8_linear import FLOAT8, float8_linear
 from medvl_sam2.kernels.layer_norm import layer_norm, layer_norm_2d
 from medvl_sam2.kernels.lora_linear import lora_linear
 from medvl_sam2.kernels.mask_encoding import mask_encoder_front
@@ -337,6 +338,24 @@ def _attention(small: bool, device: torch.device, dtype: torch.dtype) -> list[Ca
     return [Case("attention", name, (q, k, v), attention, eager, flops, 4 * _size(q), library, trained=(0, 1, 2))]
 
 
+def _float8_linear(small: bool, device: torch.device, dtype: torch.dtype) -> list[Case]:
+    cases = []
+    for rows, k, n in ((1, 128, 96), (64, 128, 96)) if small else ((1, 896, 4864), (8, 896, 4864), (32_768, 576, 2304)):
+        # Values that float8 holds exactly with scales of a power of two: a bfloat16 layer must then give the same.
+        x, weight = (torch.randn(size, device=device).to(FLOAT8).to(dtype) for size in ((rows, k), (n, k)))
+        x[:, 0], weight[:, 0] = 448, 448
+        exponents = torch.randint(-12, -8, (n,), device=device)
+        scale, bias = torch.exp2(exponents.float()), torch.randn(n, device=device, dtype=dtype)
+        wide = weight * scale[:, None].to(dtype)
+        ours = lambda x, weight, scale, bias, wide: float8_linear(x, weight, scale, bias)  # noqa: E731
+        eager = lambda x, weight, scale, bias, wide: F.linear(x, wide, bias)  # noqa: E731
+        inputs = (x, weight.to(FLOAT8), scale, bias, wide)
+        moved = _size(*inputs[:4]) + rows * n * x.element_size()
+        name = f"{rows} rows, {k} to {n}"
+        cases.append(Case("float8_linear", name, inputs, ours, eager, 2.0 * rows * k * n, moved))
+    return cases
+
+
 OPERATIONS = {
     "volume_ingest": _volume_ingest,
     "patch_embed3d": _patch_embed3d,
@@ -347,6 +366,7 @@ OPERATIONS = {
     "mask_encoding": _mask_encoding,
     "mask_epilogue": _mask_epilogue,
     "lora_linear": _lora_linear,
+    "float8_linear": _float8_linear,
     "segmentation_loss": _segmentation_loss,
     "attention": _attention,
 }

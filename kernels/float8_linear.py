@@ -210,7 +210,7 @@ def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
         bias: (N,) or None.
 
     Returns:
-        (..., N) of x's dtype; with many rows it is rounded to bfloat16 on the way.
+        (..., N) of x's dtype; on CUDA many rows are rounded to bfloat16 on the way, which the product gives.
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit.
@@ -240,7 +240,7 @@ def _many_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) ->
     else:
         each = ScalingType.RowWise
         y = F.scaled_mm(rounded, weight.T, scale_x[:, None], each, scale[None], each, output_dtype=torch.bfloat16)
-    y = y.to(torch.bfloat16).to(x.dtype)
+    y = y.to(x.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
 
