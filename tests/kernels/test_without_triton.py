@@ -23,6 +23,7 @@ from medvl_sam2.kernels import _common
 from medvl_sam2.kernels._aot import all_variants
 from medvl_sam2.kernels.attention import attention
 from medvl_sam2.kernels.axial_rope import axial_rope_tables, rope_linear
+from medvl_sam2.kernels.float8_linear import float8_linear, quantise_rows
 from medvl_sam2.kernels.layer_norm import layer_norm, layer_norm_2d
 from medvl_sam2.kernels.linear import linear
 from medvl_sam2.kernels.lora_linear import lora_linear
@@ -57,6 +58,7 @@ runs = {
     "layer_norm 2d": lambda: layer_norm_2d(r(1, 3, 2, 2), r(3), r(3)),
     "linear": lambda: linear(r(3, 6), r(4, 6), r(4), "gelu"),
     "lora_linear": lambda: lora_linear(r(3, 6), r(4, 6), r(4), r(2, 2, 6), r(2, 4, 2), 2.0, torch.tensor([0, -1, 1])),
+    "float8_linear": lambda: float8_linear(r(20, 16).detach(), *quantise_rows(r(32, 16).detach())),
     "mask_encoding": lambda: mask_encoder_front(r(1, 1, 4, 4), (16, 16), *front),
     "mask_epilogue": lambda: mask_epilogue(r(2, 2, 4, 4).detach(), (4, 8, 8)),
     "memory_attention": lambda: memory_attention(
