@@ -42,6 +42,7 @@ DISABLE_VARIABLE = "MEDVL_SAM2_DISABLE"
 _lock = Lock()
 _disabled: Counter[str] = Counter(name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(","))
 _operations: dict[str, Callable[[], tuple[str, str]] | None] = {}
+_capabilities: dict[str, tuple[int, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,25 @@ def why_not_triton(name: str, device: torch.device | str | None = None) -> str:
     device = torch.device("cuda" if device is None else device)
     if device.type != "cuda":
         return f"tensors on {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    capability, least = torch.cuda.get_device_capability(device), _capabilities.get(name, MIN_CAPABILITY)
+    if capability < least:
+        return f"compute capability {capability[0]}.{capability[1]} is below {least[0]}.{least[1]}"
     return ""
 
 
-def register_operation(name: str, describe: Callable[[], tuple[str, str]] | None = None) -> None:
+def register_operation(
+    name: str,
+    describe: Callable[[], tuple[str, str]] | None = None,
+    capability: tuple[int, int] = MIN_CAPABILITY,
+) -> None:
     """Enter an operation into `op_status`.
 
     Args:
         name: The operation's name, equal to its file's.
         describe: Gives (path, reason) for an operation that chooses among more than Triton and its reference.
+        capability: Least compute capability of a GPU that has what its kernels need.
     """
-    _operations[name] = describe
+    _operations[name], _capabilities[name] = describe, capability
 
 
 def op_status() -> list[OpStatus]:

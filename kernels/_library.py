@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from medvl_sam2.kernels._common import register_operation, why_not_triton
+from medvl_sam2.kernels._common import MIN_CAPABILITY, register_operation, why_not_triton
 
 NAMESPACE = "medvl_sam2"
 
@@ -25,6 +25,7 @@ def define_op(
     setup_context: Callable[..., Any] | None = None,
     switch: str | None = None,
     mutates_args: Sequence[str] = (),
+    capability: tuple[int, int] = MIN_CAPABILITY,
 ) -> torch.library.CustomOpDef:
     """Register ``medvl_sam2::name``.
 
@@ -41,12 +42,13 @@ def define_op(
         setup_context: ``setup_context(ctx, inputs, output)``.
         switch: Name that `disable` and ``MEDVL_SAM2_DISABLE`` know it by; the file's operation, by default `name`.
         mutates_args: Names of arguments written in place.
+        capability: Least compute capability that the kernels need; older GPUs run the reference.
 
     Returns:
         The operation, to be called like a function.
     """
     switch = switch or name
-    register_operation(switch)
+    register_operation(switch, capability=capability)
     schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates_args))
 
     def on_cuda(*args: Any, **options: Any) -> Any:

@@ -34,7 +34,7 @@ from medvl_sam2.kernels._common import (
 )
 from medvl_sam2.kernels._library import define_op
 from medvl_sam2.kernels._tuning import operand_width, tile
-from medvl_sam2.kernels.linear import Activation
+from medvl_sam2.kernels.linear import ACTIVATIONS, Activation
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT8 = torch.float8_e4m3fn
@@ -43,15 +43,12 @@ FEW_ROWS = 16
 # The product takes operands in units of 16 bytes.
 UNIT = 16
 CAPABILITY = (9, 0)
-_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 def why_not_float8(device: torch.device) -> str:
     """Say why float8 layers would win nothing on `device`, or return an empty string if they would."""
     if device.type != "cuda":
         return f"there are no float8 products on {device.type}"
-    if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {CAPABILITY[0]}.{CAPABILITY[1]}"
     return why_not_triton("float8_linear", device)
 
 
@@ -121,13 +118,7 @@ def _few_rows_kernel(
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
-def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return quantise_rows_reference(x)
-
-
 def _launch_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.is_cuda and why_not_float8(x.device):
-        return quantise_rows_reference(x)
     y = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
     scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if len(x):
@@ -139,18 +130,10 @@ def _launch_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake_quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=FLOAT8, memory_format=torch.contiguous_format), x.new_empty(
-        len(x), dtype=torch.float32
-    )
-
-
-def _few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return few_rows_reference(x, weight, scale, bias)
+    return torch.empty(x.shape, dtype=FLOAT8, device=x.device), x.new_empty(len(x), dtype=torch.float32)
 
 
 def _launch_few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    if x.is_cuda and why_not_float8(x.device):
-        return few_rows_reference(x, weight, scale, bias)
     (m, k), n = x.shape, len(weight)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     # Narrow, so that a small layer still asks all of the memory's channels; deep, so that each has much to fetch.
@@ -178,8 +161,9 @@ def _fake_few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     return x.new_empty(len(x), len(weight))
 
 
-_rows = define_op("float8_rows", _quantise_rows, _launch_quantise_rows, _fake_quantise_rows, switch="float8_linear")
-_few = define_op("float8_few_rows", _few_rows, _launch_few_rows, _fake_few_rows, switch="float8_linear")
+_op = {"switch": "float8_linear", "capability": CAPABILITY}
+_rows = define_op("float8_rows", quantise_rows_reference, _launch_quantise_rows, _fake_quantise_rows, **_op)
+_few = define_op("float8_few_rows", few_rows_reference, _launch_few_rows, _fake_few_rows, **_op)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +209,7 @@ def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
     check_same_device(op, x, weight, scale, bias)
     if len(weight) % UNIT or weight.shape[1] % UNIT or not weight.is_contiguous():
         raise ValueError(f"{op}: expected a dense weight with sides divisible by {UNIT}, got {tuple(weight.shape)}")
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     if len(rows) <= FEW_ROWS:
         y = _few(rows, weight, scale, bias) if len(rows) else rows.new_empty(0, len(weight))
     else:
@@ -236,7 +220,7 @@ def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None 
 def _many_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     rounded, scale_x = quantise_rows(x)
     if why_not_float8(x.device):
-        y = (rounded.float() @ weight.float().T) * scale_x[:, None] * scale
+        y = few_rows_reference(rounded.float() * scale_x[:, None], weight, scale, None)
     else:
         each = ScalingType.RowWise
         y = F.scaled_mm(rounded, weight.T, scale_x[:, None], each, scale[None], each, output_dtype=torch.bfloat16)
@@ -279,7 +263,7 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor, activation: Activation = "none") -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return _ACTIVATIONS[activation](float8_linear(x, self.weight, self.scale, self.bias))
+        return ACTIVATIONS[activation](float8_linear(x, self.weight, self.scale, self.bias))
 
 
 def _variants() -> list[Variant]:

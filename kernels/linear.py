@@ -19,7 +19,7 @@ from medvl_sam2.kernels._common import is_disabled, register_operation
 Activation = Literal["none", "relu", "gelu"]
 
 _FLOAT = torch.float32
-_PLAIN = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 def _describe() -> tuple[str, str]:
@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     """
     if _takes(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
-    return _PLAIN[activation](F.linear(x, weight, bias))
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
 def product(a: Tensor, b_transposed: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from medvl_sam2.engine import slice_features
 from medvl_sam2.engine.cancelling import Cancelled
 from medvl_sam2.engine.chains import stretches
 from medvl_sam2.engine.graphs import StepGraph
@@ -21,6 +20,7 @@ from medvl_sam2.engine.ring_memory import plan_chain
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.segmenter import Segmenter
 from medvl_sam2.engine.slice_features import (
+    KEPT_SHARE,
     HostFeatures,
     LazyFeatures,
     SliceEncoder,
@@ -496,8 +496,8 @@ def test_features_on_the_host_give_the_same_masks(sam2: SAM2, device: str) -> No
 def test_features_go_to_the_host_where_they_would_crowd_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, each = torch.device("cuda"), feature_bytes(CONFIG, 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * each, 100 * each))
-    assert choose_place(CONFIG, cuda, torch.bfloat16, 20 // slice_features.KEPT_SHARE) == "device"
-    assert choose_place(CONFIG, cuda, torch.bfloat16, 20 // slice_features.KEPT_SHARE + 1) == "host"
+    assert choose_place(CONFIG, cuda, torch.bfloat16, 20 // KEPT_SHARE) == "device"
+    assert choose_place(CONFIG, cuda, torch.bfloat16, 20 // KEPT_SHARE + 1) == "host"
     assert choose_place(CONFIG, torch.device("cpu"), torch.float32, 10_000) == "device"
 
 

@@ -8,6 +8,7 @@ from interpreter import count_traffic
 from torch import nn
 
 from medvl_sam2.kernels import float8_linear as file
+from medvl_sam2.kernels._common import HAS_TRITON, why_not_triton
 from medvl_sam2.kernels.float8_linear import FEW_ROWS, FLOAT8, Float8Linear, float8_linear, quantise_rows
 
 # Half of the distance between neighbours of e4m3, three bits of mantissa, relative to the value.
@@ -81,6 +82,13 @@ def test_activations_shapes_and_state():
     assert layer.weight.nbytes + layer.scale.nbytes < 0.4 * plain.weight.nbytes
 
 
+@pytest.mark.parametrize("rows", [4, 40])
+def test_takes_views(rows):
+    layer = _case(2, 32, 16)[1]
+    x = torch.randn(32, rows).T
+    assert_close(layer(x), layer(x.contiguous()))
+
+
 def test_moves_but_keeps_its_weight_when_cast():
     layer = _case(2, 32, 16)[1].to(torch.bfloat16)
     assert layer.weight.dtype == FLOAT8 and layer.scale.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
@@ -111,6 +119,17 @@ def test_a_layer_of_odd_sides_is_left_alone():
 
 def test_says_why_not_on_a_cpu():
     assert "no float8 products on cpu" in file.why_not_float8(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("capability", "has_float8"), [((8, 0), False), ((8, 9), False), ((9, 0), True)])
+def test_needs_hopper_where_other_operations_need_ampere(monkeypatch, capability, has_float8):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    version = "{}.{}".format(*capability)
+    reason = "" if has_float8 else f"compute capability {version} is below 9.0"
+    assert file.why_not_float8(torch.device("cuda")) == reason == why_not_triton("float8_linear", "cuda")
+    assert why_not_triton("layer_norm", "cuda") == ""
 
 
 @pytest.mark.parametrize("rows", [3, 40])
