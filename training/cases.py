@@ -11,12 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from medvl_sam2.engine.files import replacing
 from medvl_sam2.engine.volumes import InputError, Volume, read_mask, read_volume
 from medvl_sam2.training.datasets.base import Record, Text
 from medvl_sam2.training.datasets.images import read_masks, read_scan
 from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.mask_metrics import Region, label_regions, region
-from medvl_sam2.training.phantom import EVALUATION_SEED_START, FINDINGS, STRUCTURES, make_phantom
+from medvl_sam2.training.phantom import (
+    EVALUATION_SEED_START,
+    FINDINGS,
+    STRUCTURES,
+    NativePhantom,
+    Phantom,
+    make_phantom,
+)
 from medvl_sam2.training.phantom_findings import MASKED
 from medvl_sam2.training.questions import Question
 
@@ -64,8 +72,13 @@ class TruthCase:
         return {name: region.whole() for name, region in self.regions.items()}
 
 
-def phantom_case(seed: int) -> TruthCase:
+def phantom_case(seed: int, rendered: Path | None = None) -> TruthCase:
     """An unseen phantom at clinical geometry.
+
+    Args:
+        seed: Of the phantom.
+        rendered: Folder where phantoms lie once they have been rendered, some 70 MB each: rendering takes about as
+            long as all else that an evaluation does with a scan.
 
     Raises:
         ValueError: The seed is one that models may train on.
@@ -73,7 +86,7 @@ def phantom_case(seed: int) -> TruthCase:
     if seed < EVALUATION_SEED_START:
         raise ValueError(f"seed: expected at least {EVALUATION_SEED_START}, got {seed}; smaller seeds are for training")
     phantom = make_phantom(seed)
-    native = phantom.native()
+    native = phantom.native() if rendered is None else _rendered(phantom, rendered)
     structures, findings = (
         Volume.from_array(labels, affine=native.affine).voxels for labels in (native.structures, native.findings)
     )
@@ -81,6 +94,18 @@ def phantom_case(seed: int) -> TruthCase:
     regions |= label_regions(findings, {name: FINDINGS[name] for name in MASKED})
     volume = Volume.from_array(native.voxels, affine=native.affine, modality="CT")
     return TruthCase(f"phantom {seed}", volume, regions, phantom.facts)
+
+
+def _rendered(phantom: Phantom, folder: Path) -> NativePhantom:
+    path = folder / f"{phantom.seed}.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            return NativePhantom(**arrays)
+    native = phantom.native()
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        np.savez(part, **vars(native))
+    return native
 
 
 def folder_cases(directory: Path) -> Iterator[TruthCase]:

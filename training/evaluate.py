@@ -54,6 +54,7 @@ def run(
     processes: int = 1,
     tasks: Sequence[str] = TASKS,
     split: str = "test",
+    rendered: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model.
 
@@ -67,6 +68,7 @@ def run(
         tasks: Of `TASKS`, or "prompts": segmentation with point and box alone beside those with the name. Each is run
             on the scans that have truth for it.
         split: Of a manifest.
+        rendered: Folder that keeps the phantoms, for models that are measured on the same ones.
 
     Returns:
         The measures, by name, with their 95 % bootstrap intervals under "intervals"; Dice values are means over
@@ -83,7 +85,7 @@ def run(
         cases = manifest_cases(Path(data), split, model_config(model).volume.window)
     else:
         cases = folder_cases(Path(data))
-    found = tqdm(_rows(str(model), cases, processes, tuple(tasks)), desc="scans", disable=None)
+    found = tqdm(_rows(str(model), cases, processes, tuple(tasks), rendered), desc="scans", disable=None)
     rows = list(_kept(found, Path(out)) if out else found)
     summary = {
         "model": str(model),
@@ -109,15 +111,15 @@ def _kept(rows: Iterable[dict[str, Any]], out: Path) -> Iterator[dict[str, Any]]
 
 
 def _rows(
-    model: str, cases: Iterable[int | TruthCase], processes: int, tasks: tuple[str, ...]
+    model: str, cases: Iterable[int | TruthCase], processes: int, tasks: tuple[str, ...], rendered: Path | None
 ) -> Iterator[dict[str, Any]]:
     """Rows of phantoms (by seed) and read scans, in order."""
     if processes == 1:
-        _start_worker(model, 0, tasks)
+        _start_worker(model, 0, tasks, rendered)
         yield from map(_row, cases)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _start_worker, (model, 1, tasks)) as pool:
+    with context.Pool(processes, _start_worker, (model, 1, tasks, rendered)) as pool:
         # A pool's own map would read every scan at once.
         waiting: deque[Any] = deque()
         for case in cases:
@@ -128,19 +130,20 @@ def _rows(
             yield waiting.popleft().get()
 
 
-_worker: tuple[MedVLEngine, tuple[str, ...]] | None = None
+_worker: tuple[MedVLEngine, tuple[str, ...], Path | None] | None = None
 
 
-def _start_worker(model: str, threads: int, tasks: tuple[str, ...]) -> None:
+def _start_worker(model: str, threads: int, tasks: tuple[str, ...], rendered: Path | None) -> None:
     global _worker
     if threads:
         torch.set_num_threads(threads)
-    _worker = MedVLEngine.from_pretrained(model), tasks
+    _worker = MedVLEngine.from_pretrained(model), tasks, rendered
 
 
 def _row(case: int | TruthCase) -> dict[str, Any]:
     assert _worker is not None
-    return evaluate_case(_worker[0], phantom_case(case) if isinstance(case, int) else case, _worker[1])
+    engine, tasks, rendered = _worker
+    return evaluate_case(engine, phantom_case(case, rendered) if isinstance(case, int) else case, tasks)
 
 
 def evaluate_case(engine: MedVLEngine, case: TruthCase, tasks: Sequence[str] = TASKS) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _measure(
     kept = folder / "measured.json"
     if not kept.is_file() or json.loads(kept.read_text()) != asked:
         kept.unlink(missing_ok=True)
-        evaluate.run(model, seeds=scans, out=folder, processes=lab.processes, tasks=tasks)
+        evaluate.run(model, seeds=scans, out=folder, processes=lab.processes, tasks=tasks, rendered=lab.out / "unseen")
         # Written last: a measurement that was broken off is made again.
         write_text(kept, json.dumps(asked))
     return json.loads((folder / "summary.json").read_text())
