@@ -18,7 +18,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a setting of the budget")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (default: 3)")
     parser.add_argument("--scans", type=int, default=16, metavar="N", help="unseen phantoms per run (default: 16)")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="scans measured at a time (default: 2)")
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="runs at a time, which share the cores (default: 2)"
+    )
     parser.add_argument(
         "--base",
         default="tiny",

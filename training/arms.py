@@ -85,6 +85,18 @@ def _take_parts(files: list[Path], out: Path, config: TrainConfig) -> None:
         shutil.copyfile(file, out / "checkpoints" / file.name)
 
 
+def render_phantoms(base: str | Path, config: TrainConfig, home: Path) -> None:
+    """Render what all arms are trained on, unless it has been.
+
+    Args:
+        base: Of `base_model`.
+        config: Of the arms.
+        home: Folder of the experiments.
+    """
+    directory = WEIGHTS / str(base) if str(base) in PRESETS else Path(base)
+    _store(MedVLConfig.load(directory), config, home).prepare()
+
+
 def train_arm(
     base: str | Path, home: Path, name: str, config: TrainConfig, projector: str, *, keep_stage2: bool = False
 ) -> Path:
@@ -129,7 +141,7 @@ def _build(base: str | Path, config: TrainConfig, projector: str, home: Path) ->
     begun = MedVLSAM2.from_pretrained(base, torch.float32)
     kind = dataclasses.replace(begun.config.projector, kind=projector)
     settings = dataclasses.replace(begun.config, projector=kind)
-    store = PhantomStore(_phantoms(settings, config, home), settings, config.data)
+    store = _store(settings, config, home)
     store.prepare()
     torch.manual_seed(config.seed)
     model = MedVLSAM2(settings, begun.tokenizer)
@@ -137,6 +149,10 @@ def _build(base: str | Path, config: TrainConfig, projector: str, home: Path) ->
     missing, unexpected = model.load_state_dict(shared, strict=False)
     assert not unexpected and all(map(_is_new, missing))
     return model, Batches(store, settings, model.chat, config)
+
+
+def _store(model: MedVLConfig, config: TrainConfig, home: Path) -> PhantomStore:
+    return PhantomStore(_phantoms(model, config, home), model, config.data)
 
 
 def _is_new(key: str) -> bool:

@@ -7,25 +7,33 @@ is finished is kept, so an experiment that was killed goes on where it stopped, 
 import copy
 import fcntl
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial, partialmethod
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from medvl_sam2.engine.files import write_text
 from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.training import evaluate, train
-from medvl_sam2.training.arms import AFTER_STAGE2, base_model, fingerprint, run_log, train_arm
+from medvl_sam2.training.arms import AFTER_STAGE2, base_model, fingerprint, render_phantoms, run_log, train_arm
 from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.phantom import EVALUATION_SEED_START
 from medvl_sam2.training.summary import summarise_prompts
 
-EXPERIMENTS = ("projector", "prompts", "stages")
 PROJECTORS = ("mixer", "grouped_linear", "pooled")
+EXPERIMENTS: dict[str, tuple[str, ...]] = {
+    "projector": PROJECTORS,
+    "prompts": ("mixer",),
+    "stages": ("mixer", "one_stage"),
+}
+"""The arms that are trained for each, with every seed."""
 # Scans of each seed when one ready model is measured on several sets of them.
 _SET = 1000
 Row = dict[str, Any]
@@ -40,7 +48,8 @@ class Lab:
         config: Budget of every arm.
         seeds: Of the arms.
         scans: Unseen phantoms that each arm is measured on.
-        processes: Scans at a time in the measurements.
+        processes: Arms at a time; they share torch's threads. Small models train faster two on a thread each than one
+            after the other on two.
         base: What the arms begin with; see `arms.base_model`.
     """
 
@@ -112,32 +121,35 @@ def run(
         "arms": {},
     }
     arms: dict[str, list[Row]] = result["arms"]
-    with _alone(lab.out):
+    trained = EXPERIMENTS[name]
+    with _alone(lab.out), _several(lab, training=model is None) as work:
+        jobs = [(arm, place) for place in range(len(lab.seeds)) for arm in trained]
+        found = work(partial(_rows, name, replace(lab, processes=1), model), *zip(*jobs))
         # Seed by seed, so that an experiment that is stopped early has compared all arms alike.
-        for place, seed in enumerate(tqdm(lab.seeds, desc=name, unit="seed")):
-            if name == "prompts":
-                found = {"prompts": _prompts(lab, seed, place, model)}
-            else:
-                found = {"projector": _projector, "stages": _stages}[name](lab, seed)
-            for arm, row in found.items():
-                arms.setdefault(arm, []).append(row)
+        for _ in tqdm(lab.seeds, desc=name, unit="seed"):
+            for _ in trained:
+                for arm, row in next(found).items():
+                    arms.setdefault(arm, []).append(row)
             write_text(lab.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
             if report is not None:
                 report()
     return result
 
 
-def _projector(lab: Lab, seed: int) -> dict[str, Row]:
-    return {kind: _trained_row(lab, kind, seed) for kind in PROJECTORS}
-
-
-def _stages(lab: Lab, seed: int) -> dict[str, Row]:
-    staged = _trained_row(lab, "mixer", seed)
+def _rows(name: str, lab: Lab, model: str | Path | None, arm: str, place: int) -> dict[str, Row]:
+    """What an experiment tells of one arm with one seed, by the names of its tables."""
+    seed = lab.seeds[place]
+    if name == "prompts":
+        return {"prompts": _prompts(lab, seed, place, model)}
+    row = _trained_row(lab, arm, seed)
+    if name == "projector":
+        return {arm: row}
+    if arm == "one_stage":
+        return {"one stage": row}
     before = lab.out / "runs" / f"mixer-{seed}" / AFTER_STAGE2
     return {
-        "three stages": staged,
+        "three stages": row,
         "after stage 2": _measure(lab, before, f"after_stage2-{seed}", ("vqa", "report")),
-        "one stage": _trained_row(lab, "one_stage", seed),
     }
 
 
@@ -191,3 +203,24 @@ def _alone(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{folder}: another experiment is running there; wait for it") from error
         yield
+
+
+@contextmanager
+def _several(lab: Lab, *, training: bool) -> Iterator[Callable[..., Iterator[dict[str, Row]]]]:
+    """`map`, with as many calls at a time as the lab has processes."""
+    if lab.processes == 1:
+        yield map
+        return
+    if training:
+        # Once, before several arms find them missing.
+        render_phantoms(lab.begin, lab.config, lab.out)
+    threads = max(1, torch.get_num_threads() // lab.processes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(lab.processes, context, _start_worker, (threads,)) as pool:
+        yield pool.map
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # Bars of several processes would overwrite each other.
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

@@ -38,7 +38,7 @@ class Calls:
             (out / kept / "config.json").write_text(f"{name} {kept}")
         return out
 
-    def evaluate(self, model, *, seeds, out, processes, tasks):
+    def evaluate(self, model, *, seeds, out, processes, tasks, rendered):
         self.count()
         self.measured.append({"model": model, "scans": list(seeds), "tasks": tuple(tasks), "out": out.name})
         out.mkdir(parents=True, exist_ok=True)
