@@ -77,7 +77,7 @@ def phantom_case(seed: int, rendered: Path | None = None) -> TruthCase:
 
     Args:
         seed: Of the phantom.
-        rendered: Folder where phantoms lie once they have been rendered, some 70 MB each: rendering takes about as
+        rendered: Folder where phantoms lie once they have been rendered, 130 MB each: rendering takes about as
             long as all else that an evaluation does with a scan.
 
     Raises:
