@@ -109,7 +109,7 @@ def _table(arms: Arms, keys: dict[str, str]) -> list[str]:
     }
     lines = ["| | " + " | ".join(shown.values()) + " |", "|---|" + "---|" * len(shown)]
     for arm, rows in arms.items():
-        cells = " | ".join(spread(_values(rows, key)) for key in shown)
+        cells = " | ".join(spread(_values(rows, key), 1 if key == "minutes" else 3) for key in shown)
         lines.append(f"| {_NAMES.get(arm, arm)} | {cells} |")
     return lines
 

@@ -40,9 +40,10 @@ def draw_classes(classes: dict[str, dict[str, list[float | None]]], names: dict[
         held = [(statistics.mean(found), place) for place, found in enumerate(values) if found]
         axis.plot([x for x, _ in held], [y for _, y in held], marker, label=names[mode], alpha=0.8)
     axis.set_yticks(range(len(classes)), list(classes))
-    axis.set(xlim=(0, 1), xlabel="mean Dice")
+    axis.set(xlim=(0, 1), ylim=(-0.7, len(classes) - 0.3), xlabel="mean Dice")
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
+    # Above the axes: within them it would hide points.
+    figure.legend(loc="outside upper center", ncols=len(MODES), fontsize=8)
     return figure
 
 

@@ -67,10 +67,10 @@ def overall(comparisons: Sequence[Comparison]) -> str:
     return "The claim did not hold at this scale: the reverse was seen."
 
 
-def spread(values: Values) -> str:
+def spread(values: Values, digits: int = 3) -> str:
     """Mean and standard deviation as text, a dash where nothing was measured."""
     held = [value for value in values if value is not None]
     if not held:
         return "-"
-    deviation = f" ± {statistics.stdev(held):.3f}" if len(held) > 1 else ""
-    return f"{statistics.mean(held):.3f}{deviation}"
+    deviation = f" ± {statistics.stdev(held):.{digits}f}" if len(held) > 1 else ""
+    return f"{statistics.mean(held):.{digits}f}{deviation}"

@@ -64,6 +64,7 @@ def test_the_verdict_on_a_claim(outcomes, words):
 
 def test_spread():
     assert (spread([0.5, None, 0.7]), spread([0.5]), spread([None])) == ("0.600 ± 0.141", "0.500", "-")
+    assert spread([9, 11.5], 1) == "10.2 ± 1.8"
 
 
 def result(arms: dict, **changes) -> dict:
@@ -157,7 +158,7 @@ def test_the_stages_section(tmp_path):
     assert "**Verdict.** The claim held at this scale." in section
     assert "- What stage 2 knew, multiple choice: stage 3 forgot some of it (+0.113" in section
     assert "- What stage 2 knew, findings F1: no forgetting beyond the spread (+0.000" in section
-    assert "| after stage 2 | - | - | 0.613 ± 0.015 |" in section and "| 6.000 ± 0.000 |" in section
+    assert "| after stage 2 | - | - | 0.613 ± 0.015 |" in section and "| 6.0 ± 0.0 |" in section
 
 
 def test_the_page_in_docs_is_of_this_method(tmp_path):
