@@ -31,12 +31,16 @@ _FREE = ("device", "threads", "save_every", "log_every", "wandb", "data.cache", 
 
 def fingerprint(model: str | Path) -> str:
     """Short hash of the config and weights of a preset or model directory."""
-    directory = WEIGHTS / str(model) if str(model) in PRESETS else Path(model)
+    directory = _directory(model)
     stamp = hashlib.sha256()
     for path in sorted([directory / "config.json", *directory.rglob("*.safetensors")]):
         stamp.update(path.relative_to(directory).as_posix().encode())
         stamp.update(path.read_bytes())
     return stamp.hexdigest()[:16]
+
+
+def _directory(model: str | Path) -> Path:
+    return WEIGHTS / str(model) if str(model) in PRESETS else Path(model)
 
 
 def base_model(base: str | Path | None, config: TrainConfig, home: Path) -> str | Path:
@@ -93,8 +97,7 @@ def render_phantoms(base: str | Path, config: TrainConfig, home: Path) -> None:
         config: Of the arms.
         home: Folder of the experiments.
     """
-    directory = WEIGHTS / str(base) if str(base) in PRESETS else Path(base)
-    _store(MedVLConfig.load(directory), config, home).prepare()
+    _store(MedVLConfig.load(_directory(base)), config, home).prepare()
 
 
 def train_arm(

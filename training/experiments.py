@@ -8,12 +8,14 @@ import copy
 import fcntl
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, partialmethod
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -217,10 +219,20 @@ def _several(lab: Lab, *, training: bool) -> Iterator[Callable[..., Iterator[dic
     threads = max(1, torch.get_num_threads() // lab.processes)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(lab.processes, context, _start_worker, (threads,)) as pool:
-        yield pool.map
+        try:
+            yield pool.map
+        except BaseException:
+            # The pool would wait for what runs, and for jobs that workers hold already. All go on from checkpoints.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 def _start_worker(threads: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A worker that outlived a kill would train on in a folder that the next experiment takes over.
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     # Bars of several processes would overwrite each other.
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

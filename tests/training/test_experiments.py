@@ -1,6 +1,7 @@
 """The experiments' bookkeeping, with training and measuring replaced: budgets, shared runs, going on after a stop."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -147,3 +148,30 @@ def test_two_experiments_in_one_folder_are_refused(calls, tmp_path):
 def test_mistakes_are_named(name, seeds, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(name, Lab(tmp_path, load_config("experiment"), seeds=seeds))
+
+
+WAITING = """
+import time
+from medvl_sam2.training.config import load_config
+from medvl_sam2.training.experiments import Lab, _several
+with _several(Lab({out!r}, load_config("experiment"), processes=2), training=False) as work:
+    # More jobs than workers: some are held and not begun.
+    found = work(time.sleep, [0, 600, 600, 600, 600])
+    next(found)
+    print(flush=True)
+    next(found)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_an_experiment(how, tmp_path):
+    script = WAITING.format(out=str(tmp_path))
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        other.stdout.readline()
+        other.send_signal(how)
+        # Ends when the last process that holds it has.
+        assert other.communicate(timeout=60)[0] == b""
+        assert other.returncode != 0
+    finally:
+        other.kill()
