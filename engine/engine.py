@@ -62,7 +62,7 @@ class MedVLEngine:
             raise InputError(f"language_backend: expected one of {known}, got {language_backend!r}")
         try:
             self.device = choose_device(device)
-            self.precision = choose_precision(dtype, self.device, model.config.language.hidden_size)
+            self.precision = choose_precision(dtype, self.device, model.config)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.config = model.config

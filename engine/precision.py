@@ -1,13 +1,22 @@
 """Which number format each part runs in, by what the hardware does well."""
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from medvl_sam2.model.config import MedVLConfig
+
+logger = logging.getLogger(__name__)
+
 _NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORTH_IT = 1.3
+# Width of a transformer, side of a slice in pixels.
+_LEAST_SIZE = 512
+_MANY_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -42,43 +51,63 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(name: str, device: torch.device, hidden_size: int) -> Precision:
+def choose_precision(name: str, device: torch.device, config: MedVLConfig) -> Precision:
     """Dtypes of a name; "auto" decides by the device.
 
-    On CUDA from capability 8.0 all parts take bfloat16. On a CPU the convolutions of SAM2 stay float32, since bfloat16
-    ones fall to scalar code there, and the LLM takes bfloat16 only where a timed product of its size gains from it.
+    On CUDA from capability 8.0 all parts take bfloat16. On a CPU each part takes it where its own kind of work, timed
+    here, gains from it: the ViT's products and SAM2's products and convolutions do with AMX, and are up to 60 times
+    slower without; decoding waits for memory and gains elsewhere. Small parts stay float32, since they gain little.
 
     Args:
         name: "auto", "float32", "bfloat16" or "float16".
         device: Where the model runs.
-        hidden_size: Width of the LLM.
+        config: Sizes of the parts.
 
     Raises:
         ValueError: Unknown name.
     """
     if name in _NAMES:
+        if name != "float32" and device.type == "cpu" and (gain := convolution_gain(_NAMES[name])) < 1:
+            logger.warning("%s: %.0f times slower than float32 on this CPU; take dtype='auto'", name, 1 / gain)
         return Precision(*[_NAMES[name]] * 3)
     if name != "auto":
         raise ValueError(f"dtype: expected auto or one of {', '.join(_NAMES)}, got {name!r}")
     if device.type == "cuda":
         modern = torch.cuda.get_device_capability(device) >= (8, 0)
         return Precision(*[torch.bfloat16 if modern else torch.float32] * 3)
-    language = torch.bfloat16 if hidden_size >= 512 and bfloat16_gain(hidden_size) > _WORTH_IT else torch.float32
-    return Precision(torch.float32, language, torch.float32)
+    vision, language, side = config.vision.hidden_size, config.language.hidden_size, config.sam2.image_size
+
+    def chosen(size: int, *gains: Callable[[], float]) -> torch.dtype:
+        pays = size >= _LEAST_SIZE and all(gain() > _WORTH_IT for gain in gains)
+        return torch.bfloat16 if pays else torch.float32
+
+    return Precision(
+        vision=chosen(vision, lambda: product_gain(vision, _MANY_ROWS)),
+        language=chosen(language, lambda: product_gain(language)),
+        sam2=chosen(side, lambda: product_gain(config.sam2.d_model, _MANY_ROWS), convolution_gain),
+    )
+
+
+def product_gain(width: int, rows: int = 1) -> float:
+    """How many times faster a (rows, width) x (width, 4 width) product runs in bfloat16 than in float32 here."""
+    return _gain(lambda: nn.Linear(width, 4 * width, bias=False), (rows, width), torch.bfloat16)
+
+
+def convolution_gain(dtype: torch.dtype = torch.bfloat16) -> float:
+    """The same of a 3x3 convolution of 64 channels on 64x64 pixels, in a dtype of 16 bits."""
+    return _gain(lambda: nn.Conv2d(64, 64, 3, padding=1), (1, 64, 64, 64), dtype)
 
 
 @torch.inference_mode()
-def bfloat16_gain(width: int, rows: int = 1, repeats: int = 5) -> float:
-    """How many times faster a (rows, width) x (width, 4 width) product runs in bfloat16 than in float32 here."""
+def _gain(layer: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, repeats: int = 5) -> float:
     times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = nn.Linear(width, 4 * width, bias=False, dtype=dtype)
-        x = torch.randn(rows, width, dtype=dtype)
-        layer(x)
+    for kind in (torch.float32, dtype):
+        module, x = layer().to(kind), torch.randn(shape, dtype=kind)
+        module(x)
         runs = []
         for _ in range(repeats):
             start = time.perf_counter()
-            layer(x)
+            module(x)
             runs.append(time.perf_counter() - start)
-        times[dtype] = min(runs)
-    return times[torch.float32] / times[torch.bfloat16]
+        times[kind] = min(runs)
+    return times[torch.float32] / times[dtype]

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Event
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from medvl_sam2.engine import precision
 from medvl_sam2.engine.beside import Beside
 from medvl_sam2.engine.cancelling import Cancelled, check
 from medvl_sam2.engine.engine import MedVLEngine
@@ -20,6 +20,7 @@ from medvl_sam2.engine.prompting import slice_prompts
 from medvl_sam2.engine.segmentation import Segmentation, dice, label_map
 from medvl_sam2.engine.text import TextStream, chosen, mask_name, requested
 from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.presets import preset
 from medvl_sam2.model.processing import GridTransform, ScanArray, VolumeProcessor
 from medvl_sam2.model.prompts import SEGMENT_ANSWER
 from medvl_sam2.model.sam2 import Prompts, propagate
@@ -530,11 +531,41 @@ def test_engine_arguments(small_model):
             MedVLEngine.from_pretrained(small_model, **wrong)
 
 
-def test_bfloat16_is_taken_for_the_language_model_only_where_it_pays(monkeypatch):
-    from medvl_sam2.engine import precision
+@pytest.mark.parametrize(
+    ("many", "one", "convolution", "chosen_types"),
+    [
+        (4.0, 0.8, 3.0, ("bfloat16", "float32", "bfloat16")),  # AMX
+        (4.0, 1.9, 0.02, ("bfloat16", "bfloat16", "float32")),  # products alone gain
+        (0.5, 0.5, 0.02, ("float32", "float32", "float32")),
+    ],
+)
+def test_auto_takes_bfloat16_part_by_part_where_it_pays(monkeypatch, many, one, convolution, chosen_types):
+    monkeypatch.setattr(precision, "product_gain", lambda width, rows=1: one if rows == 1 else many)
+    monkeypatch.setattr(precision, "convolution_gain", lambda: convolution)
+    got = precision.choose_precision("auto", torch.device("cpu"), preset("1b-fast"))
+    assert (got.vision, got.language, got.sam2) == tuple(getattr(torch, name) for name in chosen_types)
+    # Small parts gain too little to be rounded, however the timing goes.
+    assert str(precision.choose_precision("auto", torch.device("cpu"), preset("tiny"))) == "float32"
 
-    for gain, dtype in ((2.0, torch.bfloat16), (0.9, torch.float32)):
-        monkeypatch.setattr(precision, "bfloat16_gain", lambda *_, gain=gain: gain)
-        chosen_types = precision.choose_precision("auto", SimpleNamespace(type="cpu"), 896)
-        assert (chosen_types.language, chosen_types.sam2) == (dtype, torch.float32)
-    assert precision.choose_precision("auto", SimpleNamespace(type="cpu"), 192).language == torch.float32
+
+def test_sixteen_bits_that_slow_the_cpu_down_are_told(monkeypatch, caplog):
+    for gain, told in ((0.02, True), (3.0, False)):
+        caplog.clear()
+        monkeypatch.setattr(precision, "convolution_gain", lambda dtype, gain=gain: gain)
+        precision.choose_precision("bfloat16", torch.device("cpu"), preset("tiny"))
+        assert ("50 times slower" in caplog.text) == told
+
+
+def test_parts_of_unlike_dtypes_work_together(monkeypatch):
+    found = {}
+    scan = ball()
+    for kinds in (("float32",) * 3, ("bfloat16", "float32", "bfloat16"), ("bfloat16", "bfloat16", "float32")):
+        chosen_types = precision.Precision(*(getattr(torch, kind) for kind in kinds))
+        monkeypatch.setattr("medvl_sam2.engine.engine.choose_precision", lambda *_, chosen=chosen_types: chosen)
+        session = MedVLEngine.from_pretrained("tiny", device="cpu").open(scan)
+        assert session.ask("Is there a nodule?").text
+        found[kinds] = session.segment("liver", points=[(32, 32, 16, 1)])
+    plain, *others = found.values()
+    assert plain.mask.any()
+    for other in others:
+        assert plain.dice(other) > 0.97
