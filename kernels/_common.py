@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import torch
@@ -185,7 +185,15 @@ def one_thread() -> Iterator[None]:
     machine and waits hundreds of times for a thread that is not scheduled on a busy one.
     """
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
     torch.set_num_threads(1)
+    # A count holds for the thread that sets it, and for every thread that first asks for one later, for good. Those are
+    # to have the usual one, and only another thread can say so without changing it here.
+    usual = Thread(target=torch.set_num_threads, args=(threads,))
+    usual.start()
+    usual.join()
     try:
         yield
     finally:

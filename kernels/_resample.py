@@ -42,5 +42,6 @@ def taps(i, size, start, stop):
     n = stop - start
     position = tl.minimum(tl.maximum((2 * i + 1) * n - size, 0), (n - 1) * 2 * size)
     low = position // (2 * size)
-    weight = (position - low * 2 * size).to(tl.float32) / (2 * size).to(tl.float32)
+    # Cast by function: Triton makes an argument of 1 a constant, which has no methods.
+    weight = tl.cast(position - low * 2 * size, tl.float32) / tl.cast(2 * size, tl.float32)
     return start + low, start + tl.minimum(low + 1, n - 1), weight

@@ -194,7 +194,7 @@ def _volume_ingest_kernel(
         left = c00 + (c10 - c00) * y_weight[:, None]
         right = c01 + (c11 - c01) * y_weight[:, None]
         value = (left + (right - left) * x_weight[None, :]) * (slope * gain) + (intercept - offset) * gain
-        tl.store(out + c * (depth.to(tl.int64) * height * width), value.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + c * (tl.cast(depth, tl.int64) * height * width), value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch_volume_ingest(
@@ -385,14 +385,19 @@ def _variants() -> tuple[Variant, ...]:
     numbers = {"base": "i32", "v_z": "i32:16", "v_y": "i32:16", "slope": "fp32", "intercept": "fp32"}
     numbers |= dict.fromkeys(("depth", "height", "width"), "i32:16")
     variants = []
-    for stored, out, channels, chosen in (
-        ("i16", "fp32", 1, False),
-        ("i16", "bf16", 3, True),
-        ("fp32", "fp32", 1, False),
+    # A launch makes constants of sides of 1.
+    one = dict.fromkeys(("depth", "height", "width"), 1)
+    for stored, out, channels, chosen, sides in (
+        ("i16", "fp32", 1, False, {}),
+        ("i16", "bf16", 3, True, {}),
+        ("fp32", "fp32", 1, False, {}),
+        ("i16", "fp32", 1, True, one),
     ):
-        constants = {"v_x": 1, "HAS_Z": chosen, "CHANNELS": channels, "BLOCK_H": 4, "BLOCK_W": 128}
+        constants = {"v_x": 1, "HAS_Z": chosen, "CHANNELS": channels, "BLOCK_H": 4, "BLOCK_W": 128, **sides}
         signature = {"voxels_ptr": f"*{stored}:16", **pointers, "out_ptr": f"*{out}:16", **numbers}
-        variants.append(Variant(f"{stored}-{out}-c{channels}", _volume_ingest_kernel, signature, constants, 4, 3))
+        signature = {name: kind for name, kind in signature.items() if name not in sides}
+        name = f"{stored}-{out}-c{channels}{'-one' if sides else ''}"
+        variants.append(Variant(name, _volume_ingest_kernel, signature, constants, 4, 3))
     return tuple(variants)
 
 

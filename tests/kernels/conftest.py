@@ -70,12 +70,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-@pytest.fixture(autouse=True)
-def _skip_without_gpu(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-
-
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "meta" or not tensor.numel():
         return tensor
