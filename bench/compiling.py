@@ -1,4 +1,4 @@
-"""Baselines under torch.compile, where the compiler takes them."""
+"""Baselines that not every machine can run: under torch.compile, or on another runtime."""
 
 import logging
 from collections.abc import Callable, Iterator, MutableMapping
@@ -20,11 +20,14 @@ def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
 
 
-def add_compiled(sides: MutableMapping[str, Callable[[], Any]], name: str, side: Callable[[], Any]) -> None:
-    """Add a compiled side after calling it once; what the compiler refuses is left out with a warning."""
+def add_where_possible(
+    sides: MutableMapping[str, Callable[[], Any]], name: str, make: Callable[[], Callable[[], Any]]
+) -> None:
+    """Add a side after making it and calling it once; what cannot be made or run here is left out with a warning."""
     try:
+        side = make()
         side()
-    except Exception as error:  # It fails in many ways, none of which concerns the other sides.
+    except Exception as error:  # Compilers and other runtimes fail in many ways, which do not concern the other sides.
         logger.warning("%s is left out: %s", name, (str(error).splitlines() or [type(error).__name__])[0])
     else:
         sides[name] = side

@@ -2,27 +2,36 @@
 
 Weights are random, so an answer with [SEG] is put into both sides' mouths: ours reads it in one pass, as `segment` does
 with trained weights, and `generate` may choose nothing else. All masks, and all tokens of the report, are compared
-before a ratio is given.
+before a ratio is given: with each other in float32 on the CPU, elsewhere with what float32 on the CPU gives.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from medvl_sam2.bench.counting import CountedStages
 from medvl_sam2.bench.kernels import Row, environment
-from medvl_sam2.bench.language import random_language, shipped_tokenizer, twin, weight_bytes
+from medvl_sam2.bench.language import (
+    compared,
+    near_exact,
+    prompt_rows,
+    random_language,
+    shipped_tokenizer,
+    twin,
+    weight_bytes,
+)
+from medvl_sam2.bench.place import CPU, Place, watched
 from medvl_sam2.bench.reference import Mask, Reference
-from medvl_sam2.bench.rows import MOST_ERROR, Check, judged, relative_error
-from medvl_sam2.bench.segmenter import LEAST_DICE, models, peak, randomise, reset_peak, variant_of
+from medvl_sam2.bench.rows import Check, checked, judged, relative_error, typical_error
+from medvl_sam2.bench.segmenter import dice, models, placed, randomise, variant_of
 from medvl_sam2.bench.timing import copy_rate, gemm_rate, in_turns
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.geometry import Volume
@@ -55,18 +64,26 @@ class Setting:
         reference: The three parts, with the LoRA unmerged.
         volume: Made up; twice as many slices as the model takes.
         willing: Context within which the weights begin to answer a mask request as trained ones do.
+        exact: The same weights and scan in float32 on the CPU, where operations are counted and, in other formats, both
+            sides are held to it; None where this is that.
     """
 
     engine: MedVLEngine
     reference: Reference
     volume: Volume
     willing: Callable[[], Iterator[None]]
+    exact: "Setting | None" = None
+
+    @property
+    def place(self) -> Place:
+        """Where both sides run."""
+        return self.reference.place
 
 
 def measure(
     setting: Setting, *, objects: Sequence[int] = (1, 8), tokens: int = 256, rounds: int = 5
 ) -> dict[str, list[Row]]:
-    """Time requests on the CPU in float32.
+    """Time requests.
 
     Args:
         setting: Of `build`.
@@ -80,7 +97,8 @@ def measure(
     Raises:
         ValueError: More objects than there are names.
     """
-    rates = gemm_rate(), copy_rate()
+    place = setting.place
+    rates = gemm_rate(device=place.device, dtype=place.dtype), copy_rate(device=place.device)
     rows, stages = [], []
     for count in objects:
         found, parts = masks(setting, count, rates, rounds)
@@ -90,20 +108,26 @@ def measure(
     return {"rows": rows, "stages": stages}
 
 
-def build(config: MedVLConfig, *, slices: int, side: int = 512) -> Setting:
+def build(config: MedVLConfig, *, slices: int, side: int = 512, place: Place = CPU) -> Setting:
     """Random weights that keep every part busy, on both sides, and a scan.
 
     Args:
         config: Shapes; [SEG] takes the id that the tiny preset's tokenizer has for it.
         slices: Axial slices that SAM2 sees.
         side: Side of the scan's slices in voxels.
+        place: Where both sides run.
 
     Raises:
         ValueError: The sam2 package is not installed.
     """
     model, plain, package = random_model(config, slices)
-    engine = MedVLEngine(model, device="cpu", dtype="float32")
-    setting = Setting(engine, Reference(model, plain, package), made_up_scan(slices, side), lambda: None)
+    engine = MedVLEngine(model, device=str(place.device), dtype=place.dtype_name)
+    plain.to(place.device, place.dtype)
+    if package is not None:
+        package = placed(package, place)
+    reference = Reference(model, plain, package, place)
+    exact = None if place == CPU else build(config, slices=slices, side=side)
+    setting = Setting(engine, reference, made_up_scan(slices, side), lambda: None, exact)
     return replace(setting, willing=_willing(setting))
 
 
@@ -145,18 +169,19 @@ def _willing(setting: Setting) -> Callable[[], Iterator[None]]:
     states = []
     with torch.inference_mode():
         for name in NAMES:
-            ids = torch.tensor([chat.question(requested(name)[1])])
+            ids = torch.tensor([chat.question(requested(name)[1])], device=setting.place.device)
             states.append(plain.hidden(plain.embed(ids), deepcopy(prefix.cache))[0, -1])
     # The shortest row that gives these states about the same large logit; how they differ by rounding is left out.
     wanted = torch.full((len(NAMES), 1), _LIKING, dtype=torch.float64)
-    row = torch.linalg.lstsq(torch.stack(states).double(), wanted, rcond=1e-3, driver="gelsd").solution
+    least = 1e-3 if setting.place.dtype == torch.float32 else 0.1
+    row = torch.linalg.lstsq(torch.stack(states).double().cpu(), wanted, rcond=least, driver="gelsd").solution
     weight, first = plain.causal.get_output_embeddings().weight, chat.answer(SEGMENT_ANSWER)[0]
 
     @contextmanager
     def willing() -> Iterator[None]:
         with torch.no_grad():
             before = weight[first].clone()
-            weight[first] = row[:, 0].float()
+            weight[first] = row[:, 0].to(weight)
         try:
             yield
         finally:
@@ -190,20 +215,27 @@ def masks(setting: Setting, count: int, rates: tuple[float, float], rounds: int)
         COLD: cold,
         WARM: lambda: segmented(known, names),
     }
+    place = setting.place
     with setting.willing():
-        first = {side: _watched(request) for side, request in sides.items()}
-        want, _ = first[REFERENCE]
-        checks = {side: compare(first[side][0], want) for side in (COLD, WARM)}
+        # Makes the scan a known one, which is not what its requests are measured for.
+        segmented(known, names)
+        first = {side: watched(request, place.device) for side, request in sides.items()}
         times.clear()
-        spent = dict(zip(sides, in_turns(list(sides.values()), rounds)))
+        spent = dict(zip(sides, in_turns(list(sides.values()), rounds, place.device)))
         floors = stage_floors(setting, names, rates)
+    found = {side: answer for side, (answer, _) in first.items()}
+    if setting.exact is None:
+        checks = checked(found, distance)
+    else:
+        checks = checked(found, rounded, setting.exact.reference.segment(volume, names))
     config = engine.config
     work = f"{config.name}: {config.volume.slices} slices @{config.sam2.image_size}, masks"
     shown = f"{rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s"
-    rows = judged(work, spent, checks, rate=shown, objects=count)
+    rows = _told(judged(work, spent, checks, rate=shown, place=place, objects=count))
     again = ("language", "masks")
     for row in rows:
-        row["peak_mb"] = first[row["provider"]][1]
+        rise = first[row["provider"]][1]
+        row["peak_mb"] = None if rise is None else rise / 1e6
         row["per_second"] = count / row["seconds"]
         row["floor_seconds"] = sum(
             floor for stage, floor in floors.items() if row["provider"] != WARM or stage in again
@@ -215,8 +247,16 @@ def masks(setting: Setting, count: int, rates: tuple[float, float], rounds: int)
         floor = floors.get(stage)
         part = {"work": work, "objects": count, "stage": stage, "seconds": seconds, "floor_seconds": floor}
         part |= {"over_floor": seconds / floor if floor else None, "correct": checks[COLD].correct}
-        stages.append({**part, **environment("cpu")})
+        stages.append({**part, **environment(place.device)})
     return rows, stages
+
+
+def _told(rows: list[Row]) -> list[Row]:
+    """With how many times as fast a known scan is as a new one in `over_new` of its row, if both are right."""
+    new, known = (next(row for row in rows if row["provider"] == side) for side in (COLD, WARM))
+    if new["correct"] and known["correct"]:
+        known["over_new"] = new["seconds"] / known["seconds"]
+    return rows
 
 
 def segmented(session: VolumeSession, names: Sequence[str]) -> list[Segmentation]:
@@ -238,21 +278,40 @@ def segmented(session: VolumeSession, names: Sequence[str]) -> list[Segmentation
 
 
 def compare(got: Sequence[Segmentation], want: Sequence[Mask]) -> Check:
+    """Check masks of ours against those of the three parts, both in float32."""
+    return checked({REFERENCE: want, COLD: got}, distance)[COLD]
+
+
+def distance(got: Sequence[Segmentation | Mask], want: Sequence[Mask]) -> tuple[float, float]:
     """Worst relative error of the objects' gated logits, and worst Dice on the scan's grid."""
-    errors, dices = [], []
-    for ours, theirs in zip(got, want, strict=True):
-        errors.append(relative_error(ours.gated_logits, theirs.logits))
-        mine = torch.from_numpy(ours.mask)
-        dices.append(float(2 * (mine & theirs.voxels).sum() / (mine.sum() + theirs.voxels.sum()).clamp(min=1)))
-    return Check(max(errors) <= MOST_ERROR and min(dices) >= LEAST_DICE, max(errors), min(dices))
+    return _worst(relative_error, got, want)
+
+
+def rounded(got: Sequence[Segmentation | Mask], want: Sequence[Mask]) -> tuple[float, float]:
+    """As `distance` where rounding differs: an object's error is the median over its slices."""
+    return _worst(typical_error, got, want)
+
+
+def _worst(
+    error: Callable[[Tensor, Tensor], float], got: Sequence[Segmentation | Mask], want: Sequence[Mask]
+) -> tuple[float, float]:
+    errors, overlaps = [], []
+    for one, other in zip(got, want, strict=True):
+        ours = Mask(one.gated_logits, torch.from_numpy(one.mask)) if isinstance(one, Segmentation) else one
+        errors.append(error(ours.logits, other.logits))
+        overlaps.append(dice(ours.voxels, other.voxels))
+    # max() passes over what is not a number.
+    return next(filter(math.isnan, errors), max(errors)), min(overlaps)
 
 
 def stage_floors(setting: Setting, names: Sequence[str], rates: tuple[float, float]) -> dict[str, float]:
     """Seconds below which no stage of a request on a new scan can be: by its products, or by the weights it reads."""
-    engine = setting.engine
-    session = engine.open(setting.volume)
-    session.stages = CountedStages(engine.device)
-    session.segment_all(names)
+    # Counted on the CPU, where every operation has a formula.
+    plan = setting.exact or setting
+    session = plan.engine.open(plan.volume)
+    session.stages = CountedStages(plan.engine.device)
+    with plan.willing():
+        session.segment_all(names)
     read = weight_bytes(setting.reference.language.causal) / rates[1]
     floors = {stage: flops / rates[0] for stage, flops in session.stages.flops.items()}
     return {stage: max(floor, read) if stage in ("prefix", "language") else floor for stage, floor in floors.items()}
@@ -266,7 +325,7 @@ def report(setting: Setting, tokens: int, rounds: int) -> list[Row]:
         tokens: Length.
         rounds: Times that each side runs.
     """
-    engine, volume = setting.engine, setting.volume
+    engine, volume, place = setting.engine, setting.volume, setting.place
     known = engine.open(volume)
     want = setting.reference.report(volume, tokens)
     scan = ScanArray(volume.voxels)
@@ -275,28 +334,26 @@ def report(setting: Setting, tokens: int, rounds: int) -> list[Row]:
     )
     asked = engine.chat.question(REPORT_REQUEST)
     got = [step.token for step in engine.language.generate(prefix, asked, max_tokens=tokens)]
-    wrong = tokens - sum(a == b for a, b in zip(got, want))
-    check = Check(wrong == 0 and len(got) == len(want) == tokens, wrong / tokens)
+    if setting.exact is None:
+        checks = {REFERENCE: compared(want, want, tokens), COLD: compared(got, want, tokens)}
+    else:
+        exact = setting.exact.reference
+        visual = exact.visual_tokens(scan, exact.processor.transform(scan))
+        rows = prompt_rows(exact.language, exact.chat, visual, asked)
+        checks = near_exact({REFERENCE: want, COLD: got}, exact.language, rows, tokens)
+    # A known scan's prefix is the same one, kept.
+    checks[WARM] = checks[COLD]
     sides = {
         REFERENCE: lambda: setting.reference.report(volume, tokens),
         COLD: lambda: engine.open(volume).report(max_tokens=tokens),
         WARM: lambda: known.report(max_tokens=tokens),
     }
     known.report(max_tokens=1)
-    spent = dict(zip(sides, in_turns(list(sides.values()), rounds)))
-    rows = judged(f"{engine.config.name}: report of {tokens} tokens", spent, {COLD: check, WARM: check})
+    spent = dict(zip(sides, in_turns(list(sides.values()), rounds, place.device)))
+    rows = _told(judged(f"{engine.config.name}: report of {tokens} tokens", spent, checks, place=place))
     for row in rows:
         row["per_second"] = tokens / row["seconds"]
     return rows
-
-
-def _watched(request: Callable[[], list]) -> tuple[list, float | None]:
-    """What a request gives, and by how many MB the resident memory rose for it, where the system tells."""
-    if not Path("/proc/self/clear_refs").exists():
-        return request(), None
-    before = reset_peak()
-    found = request()
-    return found, (peak() - before) / 1e6
 
 
 def table(stages: Sequence[Row]) -> str:

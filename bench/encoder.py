@@ -6,9 +6,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from medvl_sam2.bench.compiling import add_compiled, swapped
+from medvl_sam2.bench.compiling import add_where_possible, swapped
 from medvl_sam2.bench.counting import count_flops
 from medvl_sam2.bench.kernels import Row
+from medvl_sam2.bench.place import CPU, Place
 from medvl_sam2.bench.rows import race
 from medvl_sam2.model.config import VisionConfig, VolumeConfig
 from medvl_sam2.model.vision import VisionEncoder
@@ -28,27 +29,32 @@ def run(
     config: VisionConfig = M3D_CLIP[1],
     rounds: int = 5,
     compile: bool = False,
+    place: Place = CPU,
 ) -> list[Row]:
-    """Time both sides on the CPU with random weights.
+    """Time both sides with random weights.
 
     Args:
         volume: Grid and patch.
         config: Width and depth; M3D-CLIP's by default.
         rounds: Times that each side runs.
         compile: Measure the baseline under torch.compile too, where that works here.
+        place: Where both sides run. On CUDA, and in bfloat16, they are held to float32 on the CPU.
 
     Returns:
         One dict per side, see `medvl_sam2.bench.rows.race`.
     """
-    raced, flops = sides(volume, config, compile=compile)
+    raced, flops, exact = sides(volume, config, compile=compile, place=place)
     work = f"ViT {config.layers}x{config.hidden_size}, {volume.tokens + 1} tokens"
-    return race(work, raced, flops=flops, rounds=rounds)
+    return race(work, raced, flops=flops, rounds=rounds, place=place, exact=exact)
 
 
 def sides(
-    volume: VolumeConfig, config: VisionConfig, *, compile: bool = False
-) -> tuple[dict[str, Callable[[], Tensor]], float]:
-    """What is raced, and its floating-point operations; arguments as in `run`."""
+    volume: VolumeConfig, config: VisionConfig, *, compile: bool = False, place: Place = CPU
+) -> tuple[dict[str, Callable[[], Tensor]], float, Tensor | None]:
+    """What is raced, its floating-point operations, and what float32 on the CPU gives; None where that is raced.
+
+    Arguments as in `run`.
+    """
     torch.manual_seed(0)
     encoder = VisionEncoder(volume, config).eval().requires_grad_(False)
     scan = torch.rand(1, 1, *volume.size)
@@ -57,6 +63,12 @@ def sides(
         with patch("medvl_sam2.model.vision.attention", naive_attention):
             return encoder(scan)
 
+    # Counted on the CPU, where every operation has a formula.
+    flops = count_flops(naive)
+    exact = None
+    if place != CPU:
+        exact = torch.inference_mode()(naive)()
+        encoder, scan = encoder.to(place.device, place.dtype), scan.to(place.device, place.dtype)
     raced = {NAIVE: naive, "ours": lambda: encoder(scan)}
     if compile:
         compiled = torch.compile(encoder.forward)
@@ -65,5 +77,5 @@ def sides(
             with swapped(encoder, compiled):
                 return naive()
 
-        add_compiled(raced, f"{NAIVE}, compiled", torch.inference_mode()(naive_compiled))
-    return raced, count_flops(naive)
+        add_where_possible(raced, f"{NAIVE}, compiled", lambda: torch.inference_mode()(naive_compiled))
+    return raced, flops, exact

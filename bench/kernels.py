@@ -9,7 +9,6 @@ On CUDA a time is the median of `triton.testing.do_bench` (L2 flushed, launch in
 also that of a graph's replay. On a CPU the providers take turns, so that other load meets all of them alike.
 """
 
-import csv
 import logging
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medvl_sam2.bench.files import RESULTS, Row, append_csv
 from medvl_sam2.bench.operations import Case, cases, chosen
 from medvl_sam2.engine.info import cpu_name
 from medvl_sam2.kernels._common import why_not_triton
@@ -33,12 +34,13 @@ from medvl_sam2.kernels.attention import attention_status
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-RESULTS = Path(__file__).resolve().parent / "results"
 PROVIDERS = ("ours", "eager", "compile", "library")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "full")
 _GRAPH_BELOW_MS = 0.05
+# Of what the baselines are made of; their columns came later, so they are the last.
+PACKAGES = ("transformers", "peft", "sam2", "vllm")
+ENVIRONMENT = ("gpu", "cpu", "threads", "torch", "triton", "version", "commit", "time", *PACKAGES)
 
 
 def run(
@@ -95,7 +97,7 @@ COLUMNS = (
     *("operation", "shape", "mode", "dtype", "provider", "path", "p50_ms", "p20_ms", "p80_ms", "graph_ms"),
     *("ratio_to_eager", "correct", "error", "allowed_error", "first_call_ms", "peak_mb", "gflop", "mbytes"),
     *("tflops", "tbytes", "floor_ms", "over_floor", "ceiling_tflops", "ceiling_tbytes"),
-    *("gpu", "cpu", "threads", "torch", "triton", "version", "commit", "time"),
+    *ENVIRONMENT,
 )
 
 
@@ -252,44 +254,53 @@ def _rates(row: Row, flops_ceiling: float, bytes_ceiling: float) -> Row:
 
 
 def environment(device: torch.device | str) -> Row:
-    """Name what a time depends on: device, threads, versions, commit."""
-    try:
-        ours = version("medvl-sam2")
-    except PackageNotFoundError:
-        ours = "checkout"
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
+    """Name what a time depends on: device, threads, versions, commit; keys as in `ENVIRONMENT`."""
     return {
         "gpu": gpu_name(device),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": triton,
-        "version": ours,
-        "commit": commit,
+        "triton": _version("triton"),
+        "version": _version("medvl-sam2") or "checkout",
+        "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+@cache
+def commit() -> str:
+    """Commit of the running code, with a plus where files differ from it; empty outside a repository.
+
+    Read once, to be called before anything is measured: the code in memory is that of the start, whatever is committed
+    meanwhile. Results, which a benchmark itself writes, do not count as a difference.
+    """
+    folder = RESULTS.parent
+    try:
+        name = _git("-C", str(folder), "rev-parse", "--short", "HEAD")
+        changed = _git(
+            "-C", str(folder.parent), "status", "--porcelain", "-uno", "--", ".", f":!{folder.name}/{RESULTS.name}"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"{name}+" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return found.stdout.strip()
 
 
 def write_csv(rows: Sequence[Row], path: Path | str | None = None) -> Path:
     """Append rows to a CSV file, ``bench/results/kernels.csv`` by default, and return its path."""
-    path = Path(path or RESULTS / "kernels.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
-    return path
+    return append_csv(rows, path or "kernels.csv", COLUMNS)
 
 
 def table(rows: Sequence[Row]) -> str:

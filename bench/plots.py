@@ -32,7 +32,7 @@ def waterfall(stages: Sequence[Row], path: Path) -> Path:
         axis.set_yticks(range(len(rows)), [row["stage"] for row in rows])
         axis.invert_yaxis()
         axis.set(xlabel="seconds", xlim=(0, 1.12 * start))
-        axis.set_title(f"{work}, {objects} object{'s' if objects > 1 else ''}, new scan", fontsize=9)
+        axis.set_title(f"{work}, {_objects(objects)}, new scan", fontsize=9)
         axis.legend(fontsize=8)
     return _save(figure, path)
 
@@ -46,20 +46,59 @@ def compared(rows: Sequence[Row], path: Path) -> Path:
     """
     works: dict[str, list[Row]] = {}
     for row in rows:
-        objects = f", {row['objects']} object{'s' if row['objects'] > 1 else ''}" if row["objects"] else ""
+        objects = f", {_objects(row['objects'])}" if row["objects"] else ""
         works.setdefault(row["work"] + objects, []).append(row)
     figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in works.values()])
     for axis, (work, sides) in zip(axes, works.items()):
+        ratios = [f" {row['ratio']:.2f}x" if row["ratio"] else " wrong" for row in sides]
+        _bars(axis, [row["provider"] for row in sides], [row["seconds"] for row in sides], ratios)
         for place, row in enumerate(sides):
-            axis.barh(place, row["seconds"], color=_TIME if place else _BASE)
-            ratio = f" {row['ratio']:.2f}x" if row["ratio"] else " wrong"
-            axis.text(row["seconds"], place, ratio, va="center", fontsize=8)
             if row["floor_seconds"]:
                 axis.plot([row["floor_seconds"]] * 2, [place - 0.4, place + 0.4], color=_FLOOR)
-        axis.set_yticks(range(len(sides)), [row["provider"] for row in sides])
-        axis.invert_yaxis()
-        axis.set(xlabel="seconds (line: floor)", xlim=(0, 1.15 * max(row["seconds"] for row in sides)))
+        axis.set(xlabel="seconds (line: floor)")
         axis.set_title(work, fontsize=9)
+    return _save(figure, path)
+
+
+def memory(rows: Sequence[Row], path: Path) -> Path:
+    """Peak memory of each side at each size, with ours as a share of the package's.
+
+    Args:
+        rows: Of `medvl_sam2.bench.memory.run`.
+        path: Of the PNG.
+    """
+    sizes: dict[str, list[Row]] = {}
+    for row in rows:
+        sizes.setdefault(f"{row['work']}, {row['slices']} slices, {_objects(row['objects'])}", []).append(row)
+    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in sizes.values()])
+    for axis, (size, sides) in zip(axes, sizes.items()):
+        shares = [f" {row['share']:.2f}" if row["share"] is not None else " wrong" for row in sides]
+        _bars(axis, [row["provider"] for row in sides], [row["peak_mb"] for row in sides], shares)
+        axis.set(xlabel="MB (number: share of the first)")
+        axis.set_title(size, fontsize=9)
+    return _save(figure, path)
+
+
+def operations(rows: Sequence[Row], path: Path) -> Path:
+    """Milliseconds of every provider of every operation, with its ratio to the plain chain.
+
+    Args:
+        rows: Of `medvl_sam2.bench.kernels.run`.
+        path: Of the PNG.
+    """
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        title = f"{row['operation']}: {row['shape']}, {row['mode']}, {row['dtype']}"
+        cases.setdefault(title, []).append(row)
+    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in cases.values()])
+    for axis, (title, sides) in zip(axes, cases.items()):
+        ratios = [f" {row['ratio_to_eager']:.2f}x" if row["ratio_to_eager"] else " wrong" for row in sides]
+        _bars(axis, [row["provider"] for row in sides], [row["p50_ms"] for row in sides], ratios)
+        for place, row in enumerate(sides):
+            if row.get("floor_ms"):
+                axis.plot([row["floor_ms"]] * 2, [place - 0.4, place + 0.4], color=_FLOOR)
+        axis.set(xlabel="ms (line: floor)")
+        axis.set_title(title, fontsize=9)
     return _save(figure, path)
 
 
@@ -83,6 +122,20 @@ def scaling(points: Sequence[Row], fits: Sequence[Row], path: Path) -> Path:
         axis.set_ylim(bottom=0)
         axis.set_title(f"R² {fit['r2']:.3f}, exponent {fit['exponent']:.2f}", fontsize=9)
     return _save(figure, path)
+
+
+def _objects(count: int) -> str:
+    return f"{count} object{'s' if count > 1 else ''}"
+
+
+def _bars(axis: Any, names: Sequence[str], values: Sequence[float], notes: Sequence[str]) -> None:
+    """A bar of each side with a note behind it; the first is the baseline."""
+    for place, (value, note) in enumerate(zip(values, notes)):
+        axis.barh(place, value, color=_TIME if place else _BASE)
+        axis.text(value, place, note, va="center", fontsize=8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.15 * max(values))
 
 
 def _figure(width: float, heights: list[float]) -> tuple[Any, list[Any]]:

@@ -2,7 +2,8 @@
 
 The 3D ViT with naive attention (as MONAI writes it), transformers' `generate` with the LoRA beside the weights, and the
 sam2 package's video predictor, object by object. Where a choice is open it is the faster one: our ingest and projector,
-questions as one batch, every slice encoded once.
+questions as one batch, every slice encoded once. In bfloat16 all runs in it but the sam2 package, which keeps float32
+weights under autocast, as its authors run it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from transformers import LogitsProcessor
 
 from medvl_sam2.bench.compiling import swapped
 from medvl_sam2.bench.encoder import naive_attention
-from medvl_sam2.bench.language import generated, prompt_rows
+from medvl_sam2.bench.language import generated, peft_layers, prompt_rows
+from medvl_sam2.bench.place import CPU, Place
 from medvl_sam2.bench.segmenter import masks_of, quiet, state_of
 from medvl_sam2.engine.geometry import Volume
 from medvl_sam2.engine.text import requested
@@ -47,10 +49,11 @@ class Reference:
         language: The LLM with its LoRA unmerged.
         package: The sam2 package's video predictor; None runs `model.sam2` slice by slice as the package would, for
             sizes that the package does not have.
+        place: Where all of them are already.
     """
 
-    def __init__(self, model: MedVLSAM2, language: LanguageModel, package: nn.Module | None):
-        self.model, self.language, self.package = model, language, package
+    def __init__(self, model: MedVLSAM2, language: LanguageModel, package: nn.Module | None, place: Place = CPU):
+        self.model, self.language, self.package, self.place = model, language, package, place
         self.chat, self.processor = model.chat, VolumeProcessor(model.config)
 
     @torch.inference_mode()
@@ -59,9 +62,13 @@ class Reference:
         scan = ScanArray(volume.voxels, volume.slope, volume.intercept)
         transform = self.processor.transform(scan)
         hidden = self.seg_states(self.visual_tokens(scan, transform), names)
-        images = self.processor.slice_images(scan, transform)
-        follow = self._by_package if self.package is not None else self._by_model
-        logits = follow(images, self.model.seg_bridge(hidden))
+        images = self.processor.slice_images(scan, transform).to(self.place.device)
+        embeddings = self.model.seg_bridge(hidden)
+        if self.package is None:
+            logits = self._by_model(images.to(self.place.dtype), embeddings)
+        else:
+            with self.place.autocast():
+                logits = self._by_package(images, embeddings)
         return [Mask(one, self._to_voxels(one, transform)) for one in logits]
 
     @torch.inference_mode()
@@ -70,12 +77,13 @@ class Reference:
         scan = ScanArray(volume.voxels, volume.slope, volume.intercept)
         visual = self.visual_tokens(scan, self.processor.transform(scan))
         rows = prompt_rows(self.language, self.chat, visual, self.chat.question(REPORT_REQUEST))
-        return generated(self.language.peft, rows, tokens).tokens
+        with peft_layers():
+            return generated(self.language.peft, rows, tokens).tokens
 
     @torch.inference_mode()
     def visual_tokens(self, scan: ScanArray, transform: GridTransform) -> Tensor:
         """(tokens, H) rows for the LLM."""
-        grid = self.processor.encoder_grid(scan, transform)
+        grid = self.processor.encoder_grid(scan, transform).to(self.place.device, self.place.dtype)
         with patch("medvl_sam2.model.vision.attention", naive_attention):
             return self.model.visual_tokens(grid[None])[0]
 
@@ -88,15 +96,16 @@ class Reference:
         # Padded on the left, as decoders are batched.
         rows = torch.cat([F.pad(rows, (0, 0, width - rows.shape[1], 0)) for rows in asked])
         mask = torch.stack([torch.arange(width) >= width - rows.shape[1] for rows in asked]).long()
-        found = self.language.peft.generate(
-            inputs_embeds=rows,
-            attention_mask=mask,
-            max_new_tokens=len(answer),
-            do_sample=False,
-            logits_processor=[_Forced(answer)],
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-        )
+        with peft_layers():
+            found = self.language.peft.generate(
+                inputs_embeds=rows,
+                attention_mask=mask.to(rows.device),
+                max_new_tokens=len(answer),
+                do_sample=False,
+                logits_processor=[_Forced(answer)],
+                output_hidden_states=True,
+                return_dict_in_generate=True,
+            )
         step = answer.index(chat.seg_id) + (self.model.config.seg.convention == "input")
         return found.hidden_states[step][-1][:, -1]
 
@@ -152,7 +161,7 @@ class Reference:
         z0, y0, x0, z1, y1, x1 = transform.box
         size = (z1 - z0, y1 - y0, x1 - x0)
         voxels = torch.zeros(transform.shape, dtype=torch.bool)
-        voxels[z0:z1, y0:y1, x0:x1] = F.interpolate(logits[None, None], size, mode="trilinear")[0, 0] > 0
+        voxels[z0:z1, y0:y1, x0:x1] = (F.interpolate(logits[None, None], size, mode="trilinear")[0, 0] > 0).cpu()
         return voxels
 
 

@@ -1,27 +1,32 @@
 """Rows of the benchmarks that set one part of the model beside what one would run otherwise: checks, times, tables."""
 
-import csv
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from medvl_sam2.bench.kernels import RESULTS, Row, environment
+from medvl_sam2.bench.kernels import ENVIRONMENT, Row, environment
+from medvl_sam2.bench.place import CPU, Place
 from medvl_sam2.bench.timing import gemm_rate, in_turns, timed
 
 logger = logging.getLogger(__name__)
 
-MOST_ERROR = 1e-3
+MOST_ERROR, LEAST_DICE = 1e-3, 0.999
+# Where the baseline rounds as well: what its own distance from float32 may be, and what Dice may lack beyond twice that
+# of the baseline. Random weights decide narrowly which of three masks counts and whether a slice shows an object, so
+# that bfloat16 turns whole slices round, on either side.
+MOST_OWN_ERROR, LEAST_OWN_DICE, DICE_SLACK = 0.25, 0.8, 0.05
 COLUMNS = (
     *("work", "objects", "provider", "dtype", "seconds", "fastest", "slowest", "rounds", "ratio"),
     *("correct", "error", "dice", "floor_seconds", "over_floor", "rate", "per_second", "peak_mb"),
-    *("gpu", "cpu", "threads", "torch", "triton", "version", "commit", "time"),
+    *ENVIRONMENT,
+    "over_new",
 )
+Distance = Callable[[Any, Any], tuple[float, float | None]]
+"""Error and, of masks, Dice of a result against what is wanted."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Check:
 
     Attributes:
         correct: Whether the two may be called the same.
-        error: Relative root mean square difference, or the share of tokens that differ.
+        error: Relative root mean square difference, or the share of tokens that are wrong.
         dice: Of the masks, where there are some.
     """
 
@@ -41,7 +46,42 @@ class Check:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Root mean square difference over the root mean square of what is wanted."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    got, want = (x.detach().double().cpu() for x in (got, want))
+    return float((got - want).norm() / want.norm())
+
+
+def typical_error(got: Tensor, want: Tensor) -> float:
+    """Median over masks (..., H, W) of the relative error of each, which single slices turned round do not move."""
+    got, want = (x.detach().double().cpu().flatten(-2).flatten(0, -2) for x in (got, want))
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).quantile(0.5))
+
+
+def checked(found: Mapping[str, Any], distance: Distance, exact: Any = None) -> dict[str, Check]:
+    """Compare all sides with the same result.
+
+    Args:
+        found: Side to what it gave; the first one is the baseline.
+        distance: Of a result from the exact one.
+        exact: What float32 gives with the same weights, where the sides round; None takes the baseline's result.
+
+    Returns:
+        A check of each side. Against the baseline's result an error may be `MOST_ERROR` and a Dice `LEAST_DICE`.
+        Against an exact one a side may be twice as far off as the baseline, and `MOST_ERROR` (`DICE_SLACK`) on top; the
+        baseline itself must be within `MOST_OWN_ERROR` and `LEAST_OWN_DICE`. Not a number is wrong.
+    """
+    base, *_ = found
+    distances = {side: distance(got, found[base] if exact is None else exact) for side, got in found.items()}
+    own_error, own_dice = distances[base]
+    checks = {}
+    for side, (error, dice) in distances.items():
+        most, least = MOST_ERROR, LEAST_DICE
+        if exact is not None and side == base:
+            most, least = MOST_OWN_ERROR, LEAST_OWN_DICE
+        elif exact is not None:
+            most = 2 * own_error + MOST_ERROR
+            least = 0.0 if own_dice is None else 2 * own_dice - 1 - DICE_SLACK
+        checks[side] = Check(error <= most and (dice is None or dice >= least), error, dice)
+    return checks
 
 
 def judged(
@@ -51,6 +91,7 @@ def judged(
     *,
     floor: float | None = None,
     rate: str = "",
+    place: Place = CPU,
     **extra: Any,
 ) -> list[Row]:
     """Rows of one work.
@@ -58,82 +99,67 @@ def judged(
     Args:
         work: What is computed, sizes included.
         spent: Provider to the seconds of its rounds; the first one is the baseline.
-        checks: Provider to what its comparison with the baseline found; one that is missing counts as right.
+        checks: Provider to what its comparison found. The baseline may go without where it is what is compared with.
         floor: Seconds below which nobody can be.
         rate: The machine's rate that the floor was made with, and its unit.
+        place: Where the sides ran.
         **extra: Further columns.
 
     Returns:
-        One dict per provider with the keys `COLUMNS`. Where the check failed, `ratio` is None.
+        One dict per provider with the keys `COLUMNS`. Where the check failed, its own or the baseline's, `ratio` is
+        None.
+
+    Raises:
+        ValueError: A side other than the baseline was not checked.
     """
-    base, rows = None, []
+    first, *others = spent
+    if missing := [provider for provider in others if provider not in checks]:
+        raise ValueError(f"checks: expected one of every side, got none of {missing[0]!r}; compare it before it counts")
+    checks = {first: Check(True), **checks}
+    base, about, rows = timed(spent[first])["seconds"], environment(place.device), []
     for provider, seconds in spent.items():
-        check, times = checks.get(provider, Check(True)), timed(seconds)
-        base = base or times["seconds"]
+        check, times = checks[provider], timed(seconds)
         if not check.correct:
             logger.warning("%s by %s is wrong: error %.1e, Dice %s", work, provider, check.error, check.dice)
-        row: Row = {**dict.fromkeys(COLUMNS), "work": work, "provider": provider, "dtype": "float32", **times}
-        row |= {"ratio": base / times["seconds"] if check.correct else None, **vars(check)}
+        row: Row = {**dict.fromkeys(COLUMNS), "work": work, "provider": provider, "dtype": place.dtype_name, **times}
+        sound = check.correct and checks[first].correct
+        row |= {"ratio": base / times["seconds"] if sound else None, **vars(check)}
         row |= {"floor_seconds": floor, "over_floor": times["seconds"] / floor if floor else None, "rate": rate}
-        rows.append({**row, **extra, **environment("cpu")})
+        rows.append({**row, **extra, **about})
     return rows
 
 
 @torch.inference_mode()
 def race(
-    work: str, sides: Mapping[str, Callable[[], Tensor]], *, flops: float | None = None, rounds: int = 5
+    work: str,
+    sides: Mapping[str, Callable[[], Tensor]],
+    *,
+    flops: float | None = None,
+    rounds: int = 5,
+    place: Place = CPU,
+    exact: Tensor | None = None,
 ) -> list[Row]:
-    """Check the sides against the first one, then time them in turns.
+    """Check the sides, then time them in turns.
 
     Args:
         work: What is computed, sizes included.
         sides: Name to function; the first is the baseline.
         flops: Floating-point operations that cannot be avoided; gives the floor by the rate of a large product.
         rounds: Times that each side runs; the median counts.
+        place: Where the sides run.
+        exact: See `checked`.
 
     Returns:
-        See `judged`. A side further than 1e-3 from the baseline gets no ratio.
+        See `judged`.
     """
-    want, *others = (side() for side in sides.values())
-    errors = [0.0, *(relative_error(got, want) for got in others)]
-    checks = {name: Check(error <= MOST_ERROR, error) for name, error in zip(sides, errors)}
-    spent = dict(zip(sides, in_turns(list(sides.values()), rounds)))
+    found = {name: side() for name, side in sides.items()}
+    checks = checked(found, lambda got, want: (relative_error(got, want), None), exact)
+    del found
+    spent = dict(zip(sides, in_turns(list(sides.values()), rounds, place.device)))
     if flops is None:
-        return judged(work, spent, checks)
-    rate = gemm_rate()
-    return judged(work, spent, checks, floor=flops / rate, rate=f"{rate / 1e9:.0f} GFLOP/s")
-
-
-def append_csv(rows: Sequence[Row], path: Path | str) -> Path:
-    """Append rows to a CSV file, by default in ``bench/results/``, and return its path.
-
-    Raises:
-        ValueError: The file has other columns.
-    """
-    path = RESULTS / path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    new = not path.is_file()
-    if not new:
-        with path.open(newline="") as file:
-            known = next(csv.reader(file), [])
-        if missing := [column for column in columns if column not in known]:
-            raise ValueError(f"{path}: expected the columns of this version, {missing[0]!r} is missing; move it away")
-        columns = known
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-    return path
-
-
-def write_json(document: Mapping[str, Any], path: Path | str) -> Path:
-    """Write a document, by default into ``bench/results/``, and return its path."""
-    path = RESULTS / path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
-    return path
+        return judged(work, spent, checks, place=place)
+    rate = gemm_rate(device=place.device, dtype=place.dtype)
+    return judged(work, spent, checks, floor=flops / rate, rate=f"{rate / 1e9:.0f} GFLOP/s", place=place)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -156,4 +182,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{row['work']:{wide}} {row['objects'] or '':>3} {row['provider']:{named}} {row['seconds']:9.4f} "
             f"{spread:>17} {cells}  {verdict}{'' if row['correct'] else ' WRONG'}"
         )
+    for row in rows:
+        if row["over_new"]:
+            objects = f", {row['objects']} object{'s' if row['objects'] > 1 else ''}" if row["objects"] else ""
+            lines.append(f"{row['work']}{objects}: a known scan {row['over_new']:.2f} times as fast as a new one")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ AXES = ("slices", "objects", "resolution", "batch")
 TOKENS = 8
 
 
-def run(setting: Setting, *, most: int = 16, slices: int = 8, rounds: int = 3) -> tuple[list[Row], list[Row]]:
+def run(setting: Setting, *, most: int = 16, slices: int = 8, rounds: int = 5) -> tuple[list[Row], list[Row]]:
     """Measure all axes.
 
     Args:
@@ -40,13 +40,14 @@ def run(setting: Setting, *, most: int = 16, slices: int = 8, rounds: int = 3) -
         intercept, r2, exponent, exponent_r2. Each is followed by what the time depends on.
     """
     points, fits = [], []
-    about = environment("cpu")
+    place = setting.place
+    about = environment(place.device)
     work = f"{setting.engine.config.name} @{setting.engine.config.sam2.image_size}"
     for axis, sides in axes(setting, most, slices).items():
         with setting.willing():
             for side in sides.values():
                 side()
-            spent = in_turns(list(sides.values()), rounds)
+            spent = in_turns(list(sides.values()), rounds, place.device)
         seconds = [statistics.median(one) for one in spent]
         for x, median in zip(sides, seconds):
             rate = x / median if axis in ("objects", "batch") else None
@@ -100,15 +101,18 @@ def _thin(setting: Setting, slices: int) -> Volume:
 
 def _resolutions(setting: Setting, slices: int) -> dict[int, Callable[[], object]]:
     """Image features and one object on random images, at about half, three quarters and all of the model's side."""
-    config, sam2 = setting.engine.config, setting.reference.model.sam2
+    config, sam2, place = setting.engine.config, setting.reference.model.sam2, setting.place
     embedding = torch.randn(1, 1, config.sam2.d_model, generator=torch.Generator().manual_seed(4))
+    embedding = embedding.to(place.device, place.dtype)
     sides: dict[int, Callable[[], object]] = {}
     step = math.lcm(32, PATCH_STRIDE * config.sam2.window_spec[0])
     for size in sorted({max(step, step * round(config.sam2.image_size * n / 4 / step)) for n in (2, 3, 4)}):
         other = SAM2(replace(config.sam2, image_size=size)).eval().requires_grad_(False)
+        # Moved for what is not in the state; the weights are on their place already, and shared.
         other.load_state_dict(sam2.state_dict(), assign=True)
+        other.to(place.device)
         segmenter = Segmenter(other, config.seg)
-        images = torch.randn(slices, 3, size, size, generator=torch.Generator().manual_seed(5))
+        images = torch.randn(slices, 3, size, size, generator=torch.Generator().manual_seed(5)).to(place.device)
 
         def side(segmenter: Segmenter = segmenter, images: torch.Tensor = images) -> object:
             features = segmenter.encode(lambda start, stop: images[start:stop], slices)

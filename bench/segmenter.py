@@ -4,24 +4,29 @@ Both sides get the same weights, images, prompts, number format and threads, and
 both alike. A row counts from images to masks: image features, prompts on the first slice, and all slices after it. The
 masks are compared before any ratio is given. The floor is the work that the runner cannot avoid over the rate of the
 fastest large matrix product in the same run.
+
+In bfloat16 the package runs as its authors run it: float32 weights under autocast. On CUDA its predictor for whole
+videos, all of whose parts are under torch.compile, is a side of its own.
 """
 
-import ctypes
 import math
-import multiprocessing
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from medvl_sam2.bench.compiling import add_compiled, swapped
+from medvl_sam2.bench.compiling import add_where_possible, swapped
 from medvl_sam2.bench.counting import count_flops
-from medvl_sam2.bench.kernels import Row, environment
-from medvl_sam2.bench.rows import MOST_ERROR, Check, judged, relative_error
+from medvl_sam2.bench.kernels import Row
+from medvl_sam2.bench.place import CPU, Place
+from medvl_sam2.bench.rows import checked, judged, relative_error, typical_error
 from medvl_sam2.bench.timing import gemm_rate, in_turns
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder
@@ -30,8 +35,7 @@ from medvl_sam2.kernels.mask_epilogue import mask_epilogue
 from medvl_sam2.model.sam2 import SAM2, Prompts, SAM2Config
 
 VARIANTS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
-LEAST_DICE = 0.999
-PACKAGE, COMPILED, OURS = "sam2 package", "sam2 package, compiled", "ours"
+PACKAGE, COMPILED, WHOLE, OURS = "sam2 package", "sam2 package, compiled", "sam2 package, VOS compiled", "ours"
 
 
 def run(
@@ -42,8 +46,9 @@ def run(
     objects: Sequence[int] = (1, 4, 8),
     rounds: int = 5,
     compile: bool = False,
+    place: Place = CPU,
 ) -> list[Row]:
-    """Time both sides from images to masks.
+    """Time the sides from images to masks.
 
     Args:
         variant: Of SAM2.1: "tiny", "small", "base_plus" or "large".
@@ -52,57 +57,70 @@ def run(
         objects: Numbers of objects, each measured for itself.
         rounds: Times that each side runs; the median counts.
         compile: Measure the package with its image encoder under torch.compile too, where that works here.
+        place: Where the sides run. On CUDA, and in bfloat16, they are held to the package in float32 on the CPU.
 
     Returns:
-        One dict per side and number of objects.
+        One dict per side and number of objects, see `medvl_sam2.bench.rows.judged`.
 
     Raises:
         ValueError: An unknown variant, or the sam2 package is not installed.
     """
-    package, sam2 = models(variant, image_size)
-    images, rate, rows = made_up_images(slices, image_size), gemm_rate(), []
+    plain, ours = models(variant, image_size)
+    pictures, rows = made_up_images(slices, image_size), []
+    rate = gemm_rate(device=place.device, dtype=place.dtype)
+    package, sam2, images = plain, ours, pictures
+    if place != CPU:
+        package, sam2 = placed(deepcopy(plain), place), deepcopy(ours).to(place.device, place.dtype)
+        images = pictures.to(place.device)
+    # Compiling takes minutes, and serves all numbers of objects.
+    whole = cache(partial(_whole_compiled, variant, package, place))
     for count in objects:
-        raced = sides(package, sam2, images, count)
+        raced = sides(package, sam2, images, count, place)
+        # Counted on the CPU, where every operation has a formula.
+        flops, exact = count_flops(sides(plain, ours, pictures, count)[OURS]), None
+        if place != CPU:
+            exact = run_package(plain, pictures, clicks(count, image_size))
         if compile:
-            add_compiled(raced, COMPILED, _compiled(package, raced[PACKAGE]))
-        found = {side: masks() for side, masks in raced.items()}
-        checks = {side: compare(got, found[PACKAGE]) for side, got in found.items()}
-        spent = dict(zip(raced, in_turns(list(raced.values()), rounds)))
+            add_where_possible(raced, COMPILED, partial(_encoder_compiled, package, raced[PACKAGE]))
+        if place.device.type == "cuda":
+            asked = clicks(count, image_size).to(place.device)
+            add_where_possible(raced, WHOLE, lambda asked=asked: _followed(whole(), images, asked, place))
+        checks = checked(
+            {side: masks() for side, masks in raced.items()}, rounded if exact is not None else distance, exact
+        )
+        spent = dict(zip(raced, in_turns(list(raced.values()), rounds, place.device)))
         work = f"{slices} slices, SAM2.1 {variant} @{image_size}"
-        floor = count_flops(raced[OURS]) / rate
-        rows += judged(work, spent, checks, floor=floor, rate=f"{rate / 1e9:.0f} GFLOP/s", objects=count)
+        shown = f"{rate / 1e9:.0f} GFLOP/s"
+        rows += judged(work, spent, checks, floor=flops / rate, rate=shown, place=place, objects=count)
     return rows
 
 
-def sides(package: nn.Module, sam2: SAM2, images: Tensor, objects: int) -> dict[str, Callable[[], Tensor]]:
-    """The two sides, from images to the masks' logits."""
-    asked = _clicks(objects, images.shape[-1])
-    return {PACKAGE: lambda: run_package(package, images, asked), OURS: lambda: run_ours(sam2, images, asked)}
+def sides(
+    package: nn.Module, sam2: SAM2, images: Tensor, objects: int, place: Place = CPU
+) -> dict[str, Callable[[], Tensor]]:
+    """The two sides, from images to the masks' logits (S, B, m, m)."""
+    asked = clicks(objects, images.shape[-1]).to(place.device)
+    # Kept as the engine keeps them: on CUDA the recorded steps are theirs.
+    runner, encoder = SliceRunner(sam2), SliceEncoder(sam2)
+
+    def ours() -> Tensor:
+        return run_ours(runner, LazyFeatures(encoder, lambda start, stop: images[start:stop], len(images)), asked)
+
+    return {PACKAGE: _followed(package, images, asked, place), OURS: ours}
 
 
-def peak_memory(
-    *, variant: str = "tiny", image_size: int = 512, slices: Sequence[int] = (32, 128), objects: int = 8
-) -> list[Row]:
-    """Measure on Linux how far the resident memory of a process rises while a volume is segmented.
+def _followed(package: nn.Module, images: Tensor, asked: Prompts, place: Place) -> Callable[[], Tensor]:
+    def masks() -> Tensor:
+        with place.autocast():
+            return run_package(package, images, asked)
 
-    The package is given all images as one tensor, which it needs; ours makes them from 16-bit voxels as it goes.
+    return masks
 
-    Args:
-        variant: As in `run`.
-        image_size: As in `run`.
-        slices: Numbers of slices.
-        objects: Number of objects.
-    """
-    rows = []
-    for count in slices:
-        found = {}
-        for side in (PACKAGE, OURS):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found[side] = pool.apply(_rise, (side, variant, image_size, count, objects))
-            row = {"work": f"SAM2.1 {variant} @{image_size}", "slices": count, "objects": objects, "provider": side}
-            row |= {"peak_mb": found[side] / 1e6, "share": found[side] / found[PACKAGE], "correct": True}
-            rows.append({**row, **environment("cpu")})
-    return rows
+
+def placed(package: nn.Module, place: Place) -> nn.Module:
+    """Move the package's predictor to where it runs; its weights stay float32."""
+    # Autocast keeps what it has cast of weights that ask for gradients alone, as those that the package builds do.
+    return package.to(place.device).requires_grad_(place.dtype != torch.float32)
 
 
 def variant_of(config: SAM2Config) -> str | None:
@@ -116,13 +134,23 @@ def models(variant: str, image_size: int) -> tuple[nn.Module, SAM2]:
     if variant not in VARIANTS:
         raise ValueError(f"segmenter: expected a variant of {', '.join(VARIANTS)}, got {variant!r}")
     try:
-        import hydra
+        import hydra  # noqa: F401
         import sam2  # noqa: F401  registers the package's configuration files
     except ImportError as error:
         raise ValueError(f"segmenter: the baseline needs the sam2 package and hydra-core ({error})") from error
-    # As the package's build_sam2_video_predictor sets it, but for filling holes, which needs CUDA.
+    package = _predictor(variant, image_size, ["++model._target_=sam2.sam2_video_predictor.SAM2VideoPredictor"])
+    randomise(package)
+    ours = SAM2(SAM2Config.preset(variant, image_size=image_size)).eval().requires_grad_(False)
+    ours.load_official_state_dict(package.state_dict())
+    return package, ours
+
+
+def _predictor(variant: str, image_size: int, overrides: Sequence[str]) -> nn.Module:
+    """A predictor as the package's `build_sam2_video_predictor` makes it, but for filling holes, which alters masks."""
+    import hydra
+
     overrides = [
-        "++model._target_=sam2.sam2_video_predictor.SAM2VideoPredictor",
+        *overrides,
         "++model.sam_mask_decoder_extra_args.dynamic_multimask_via_stability=true",
         "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_delta=0.05",
         "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_thresh=0.98",
@@ -130,11 +158,20 @@ def models(variant: str, image_size: int) -> tuple[nn.Module, SAM2]:
         f"++model.image_size={image_size}",
     ]
     config = hydra.compose(config_name=f"configs/sam2.1/sam2.1_hiera_{VARIANTS[variant]}", overrides=overrides)
-    package = hydra.utils.instantiate(config.model, _recursive_=True).eval().requires_grad_(False)
-    randomise(package)
-    ours = SAM2(SAM2Config.preset(variant, image_size=image_size)).eval().requires_grad_(False)
-    ours.load_official_state_dict(package.state_dict())
-    return package, ours
+    return hydra.utils.instantiate(config.model, _recursive_=True).eval().requires_grad_(False)
+
+
+def _whole_compiled(variant: str, package: nn.Module, place: Place) -> nn.Module:
+    """The package's predictor with `vos_optimized=True`: all its parts under torch.compile, with the same weights."""
+    overrides = [
+        "++model._target_=sam2.sam2_video_predictor.SAM2VideoPredictorVOS",
+        "++model.compile_image_encoder=True",
+    ]
+    # It says on stdout, which belongs to the result, that compiling takes long.
+    with redirect_stdout(sys.stderr):
+        whole = _predictor(variant, package.image_size, overrides)
+    whole.load_state_dict(package.state_dict())
+    return placed(whole, place)
 
 
 def randomise(model: nn.Module) -> None:
@@ -166,7 +203,8 @@ def made_up_images(slices: int, size: int) -> Tensor:
     return nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
 
 
-def _clicks(objects: int, size: int) -> Prompts:
+def clicks(objects: int, size: int) -> Prompts:
+    """A click on each object, at places (x, y) of a slice along its diagonal."""
     places = torch.linspace(0.2, 0.8, objects) * size
     return Prompts(torch.stack((places, size - places), -1)[:, None], torch.ones(objects, 1, dtype=torch.int32))
 
@@ -207,28 +245,33 @@ def masks_of(outputs: dict[str, dict[int, dict[str, Tensor]]], name: str = "pred
 
 
 @torch.inference_mode()
-def run_ours(sam2: SAM2, images: Tensor, asked: Prompts) -> Tensor:
-    """The same by the runner, labels at the images' size included, as the package's masks are."""
-    features = LazyFeatures(SliceEncoder(sam2), lambda start, stop: images[start:stop], len(images))
-    return _followed(sam2, features, asked, images.shape[-1])
-
-
-def _followed(sam2: SAM2, features: LazyFeatures, asked: Prompts, size: int) -> Tensor:
-    track = VolumeTrack(SliceRunner(sam2), features)
+def run_ours(runner: SliceRunner, features: LazyFeatures, asked: Prompts) -> Tensor:
+    """The same by our runner, labels at the images' size included, as the package's masks are."""
+    track = VolumeTrack(runner, features)
     track.prompt(0, asked)
     track.run(0, "forward")
+    size = runner.sam2.config.image_size
     mask_epilogue(track.logits, (len(features), size, size))
     return track.logits
 
 
-def compare(got: Tensor, want: Tensor) -> Check:
+def distance(got: Tensor, want: Tensor) -> tuple[float, float]:
     """Root mean square error over that of the logits, and the Dice of all masks together."""
-    error, ours, theirs = relative_error(got, want), got > 0, want > 0
-    dice = float(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()).clamp(min=1))
-    return Check(dice >= LEAST_DICE and error <= MOST_ERROR, error, dice)
+    return relative_error(got, want), dice(got > 0, want > 0)
 
 
-def _compiled(package: nn.Module, masks: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def rounded(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """As `distance` where rounding differs: the error is the median over the slices of all objects."""
+    return typical_error(got, want), dice(got > 0, want > 0)
+
+
+def dice(got: Tensor, want: Tensor) -> float:
+    """Overlap of two masks of bool."""
+    got, want = got.cpu(), want.cpu()
+    return float(2 * (got & want).sum() / (got.sum() + want.sum()).clamp(min=1))
+
+
+def _encoder_compiled(package: nn.Module, masks: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """With the image encoder compiled, as the package's own option does it."""
     forward = torch.compile(package.image_encoder.forward)
 
@@ -237,51 +280,3 @@ def _compiled(package: nn.Module, masks: Callable[[], Tensor]) -> Callable[[], T
             return masks()
 
     return side
-
-
-def _rise(side: str, variant: str, image_size: int, slices: int, objects: int) -> int:
-    package, sam2 = models(variant, image_size)
-    asked = _clicks(objects, image_size)
-    if side == OURS:
-        del package
-        voxels = (made_up_images(slices, image_size)[:, 0] * 1000).to(torch.int16)
-        scaled = LazyFeatures(
-            SliceEncoder(sam2),
-            lambda start, stop: (voxels[start:stop, None].float() / 1000).expand(-1, 3, -1, -1),
-            slices,
-        )
-    before = reset_peak()
-    if side == OURS:
-        with torch.inference_mode():
-            _followed(sam2, scaled, asked, image_size)
-    else:
-        run_package(package, made_up_images(slices, image_size), asked)
-    return peak() - before
-
-
-def reset_peak() -> int:
-    """Start a new peak of the resident memory, and give what is resident now, in bytes; Linux only."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        # What earlier work freed but the allocator kept would hide as much of the next peak.
-        trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    """Most bytes that were resident since `reset_peak`."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Lay rows of `peak_memory` out for reading."""
-    lines = [f"{'slices':>6} {'objects':>7} {'provider':13} {'peak MB':>8} {'share':>6}"]
-    for row in rows:
-        place = f"{row['slices']:6} {row['objects']:7}"
-        lines.append(f"{place} {row['provider']:13} {row['peak_mb']:8.0f} {row['share']:6.3f}")
-    return "\n".join(lines)

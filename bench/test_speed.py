@@ -46,7 +46,7 @@ def _ingest() -> Group:
 
 def _encoder() -> Group:
     config = preset("1b-fast")
-    sides, _ = encoder.sides(config.volume, VisionConfig(layers=1))
+    sides, *_ = encoder.sides(config.volume, VisionConfig(layers=1))
     return Group(sides, _close)
 
 
@@ -59,6 +59,8 @@ def _language() -> Group:
 
 
 def _segmenter() -> Group:
+    for package, module in (("sam2", "sam2"), ("hydra-core", "hydra")):
+        pytest.importorskip(module, reason=f"the package {package} is not installed")
     return Group(segmenter.sides(*segmenter.models("tiny", 128), segmenter.made_up_images(4, 128), 2), _close)
 
 
@@ -108,8 +110,6 @@ def _cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "side"), _cases())
 def test_speed(benchmark: Any, name: str, side: str) -> None:
     """Time one side."""
-    if name == "segmenter":
-        pytest.importorskip("sam2", reason="the sam2 package is not installed")
     group, want = _group(name)
     assert list(group.sides) == list(GROUPS[name][1])
     benchmark.group = name

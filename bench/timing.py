@@ -12,21 +12,27 @@ import torch
 from medvl_sam2.kernels.linear import product
 
 
-def synchronise(device: torch.device | str = "cuda") -> None:
+def synchronise(device: torch.device | str) -> None:
     """Wait for a CUDA device; elsewhere nothing is to be waited for."""
-    if torch.device(device).type == "cuda" and torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def in_turns(sides: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each side, one round after the other, so that other load meets all of them alike."""
+def in_turns(sides: Sequence[Callable[[], Any]], rounds: int, device: torch.device | str = "cpu") -> list[list[float]]:
+    """Seconds of each side, one round after the other, so that other load meets all of them alike.
+
+    Args:
+        sides: What is timed.
+        rounds: Times that each runs.
+        device: That computes; each run begins when its work before is done, and ends when its own is.
+    """
     spent: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
         for side, seconds in zip(sides, spent):
-            synchronise()
+            synchronise(device)
             start = time.perf_counter()
             side()
-            synchronise()
+            synchronise(device)
             seconds.append(time.perf_counter() - start)
     return spent
 
@@ -38,7 +44,7 @@ def gemm_rate(
     side = side or (8192 if torch.device(device).type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     with torch.inference_mode():
-        spent = in_turns([lambda: a @ b, lambda: product(a, b)], rounds)
+        spent = in_turns([lambda: a @ b, lambda: product(a, b)], rounds, device)
     return 2 * side**3 / min(min(seconds) for seconds in spent)
 
 
@@ -46,7 +52,7 @@ def copy_rate(megabytes: int = 256, rounds: int = 10, *, device: torch.device | 
     """Bytes/s of the fastest copy between two buffers that no cache holds, read and written bytes both counted."""
     source = torch.ones(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    (spent,) = in_turns([lambda: target.copy_(source)], rounds)
+    (spent,) = in_turns([lambda: target.copy_(source)], rounds, device)
     return 2 * source.nbytes / min(spent)
 
 

@@ -1,15 +1,19 @@
 """The verbs `bench` and `profile`: how fast the engine is on this machine, and where its time goes."""
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medvl_sam2 import _options
+
+if TYPE_CHECKING:
+    from medvl_sam2.bench.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Options of `bench`."""
     parser.add_argument("part", choices=(*PARTS, "all"), help="all: every part, each in a process of its own")
     parser.add_argument("--preset", choices=PRESETS, default="1b-fast", help="sizes of the model (default: 1b-fast)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:1, ...; bfloat16 on CUDA, float32 on a CPU, on both sides (default: auto)",
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each side, 5 or more (default: 5)")
     parser.add_argument(
         "--slices", type=int, metavar="N", help="segmenter, e2e, memory (default: 16, 32, and 32 beside 128)"
@@ -77,6 +86,10 @@ def bench(args: Namespace) -> Result:
         make_folder(args.plot)
     if args.part == "all":
         return _all(args)
+    from medvl_sam2.bench.kernels import commit
+
+    # Read before anything is measured, since others may commit meanwhile.
+    commit()
     try:
         return _MEASURES[args.part](args)
     except ValueError as error:
@@ -87,14 +100,15 @@ def _rows(args: Namespace, found: list[Row]) -> Result:
     """What comes of a part whose rows have sides."""
     from medvl_sam2.bench import plots, rows
 
+    document = _written(args, {"rows": found})
     if args.plot is not None:
         plots.compared(found, args.plot / f"{args.part}.png")
-    return _written(args, {"rows": found}), rows.table(found)
+    return document, rows.table(found)
 
 
 def _written(args: Namespace, tables: dict[str, list[Row]]) -> dict[str, Any]:
     """Append every table to a CSV file, and write all of them as one JSON document."""
-    from medvl_sam2.bench import rows
+    from medvl_sam2.bench import files
 
     folder = Path() if args.out is None else args.out.absolute()
     document: dict[str, Any] = {"part": args.part, **tables, "csv": []}
@@ -102,32 +116,42 @@ def _written(args: Namespace, tables: dict[str, list[Row]]) -> dict[str, Any]:
     for name, found in tables.items():
         file = f"{args.part}.csv" if name == "rows" else f"{args.part}_{name}.csv"
         if found:
-            document["csv"].append(rows.append_csv(found, folder / file))
+            document["csv"].append(files.append_csv(found, folder / file))
         wrong |= {f"{row['work']} by {row.get('provider', name)}": 1 for row in found if not row.get("correct", True)}
     document["problems"] = list(wrong)
-    rows.write_json(document, folder / f"{args.part}.json")
-    return document
+    files.write_json(document, folder / f"{args.part}.json")
+    return files.finite(document)
+
+
+def _place(args: Namespace) -> "Place":
+    from medvl_sam2.bench.place import Place
+
+    return Place.choose(args.device)
 
 
 def _ingest(args: Namespace) -> Result:
     from medvl_sam2.bench import ingest
 
-    return _rows(args, ingest.run(rounds=args.rounds))
+    return _rows(args, ingest.run(rounds=args.rounds, place=_place(args)))
 
 
 def _kernels(args: Namespace) -> Result:
-    from medvl_sam2.bench import kernels, rows, tuning
+    from medvl_sam2.bench import files, kernels, plots, tuning
 
     if args.tune:
+        if args.plot is not None:
+            logger.warning("plot: nothing to draw for --tune, which finds settings and measures no rivals")
         found = tuning.tune(args.operations)
-        return {"part": args.part, "tuned": found, "problems": []}, tuning.table(found)
-    found = kernels.run(args.operations)
+        return files.finite({"part": args.part, "tuned": found, "problems": []}), tuning.table(found)
+    found = kernels.run(args.operations, device=_place(args).device)
     folder = kernels.RESULTS if args.out is None else args.out.absolute()
     wrong = [f"{row['operation']} by {row['provider']}" for row in found if not row["correct"]]
     path = kernels.write_csv(found, folder / "kernels.csv")
     document = {"part": args.part, "rows": found, "csv": [path], "problems": wrong}
-    rows.write_json(document, folder / "kernels.json")
-    return document, kernels.table(found)
+    files.write_json(document, folder / "kernels.json")
+    if args.plot is not None:
+        plots.operations(found, args.plot / "kernels.png")
+    return files.finite(document), kernels.table(found)
 
 
 def _encoder(args: Namespace) -> Result:
@@ -135,7 +159,7 @@ def _encoder(args: Namespace) -> Result:
     from medvl_sam2.model.presets import preset
 
     config = preset(args.preset)
-    options = {"rounds": args.rounds, "compile": args.compile}
+    options = {"rounds": args.rounds, "compile": args.compile, "place": _place(args)}
     return _rows(args, encoder.run(volume=config.volume, config=config.vision, **options))
 
 
@@ -144,7 +168,8 @@ def _language(args: Namespace) -> Result:
     from medvl_sam2.model.presets import preset
 
     options = {"tokens": args.tokens or 32, "visual_tokens": preset(args.preset).projector.tokens}
-    return _rows(args, language.run(name=args.preset, rounds=args.rounds, compile=args.compile, **options))
+    options |= {"rounds": args.rounds, "compile": args.compile, "place": _place(args)}
+    return _rows(args, language.run(name=args.preset, **options))
 
 
 def _segmenter(args: Namespace) -> Result:
@@ -152,18 +177,22 @@ def _segmenter(args: Namespace) -> Result:
 
     variant, size = _package_model(args.preset)
     options = {"slices": args.slices or 16, "objects": args.objects or (1, 4, 8), "rounds": args.rounds}
-    return _rows(args, segmenter.run(variant=variant, image_size=size, compile=args.compile, **options))
+    options |= {"compile": args.compile, "place": _place(args)}
+    return _rows(args, segmenter.run(variant=variant, image_size=size, **options))
 
 
 def _memory(args: Namespace) -> Result:
-    from medvl_sam2.bench import segmenter
+    from medvl_sam2.bench import memory, plots
 
     variant, size = _package_model(args.preset)
     slices = (args.slices,) if args.slices else (32, 128)
-    found = []
+    place, found = _place(args), []
     for objects in args.objects or (8,):
-        found += segmenter.peak_memory(variant=variant, image_size=size, slices=slices, objects=objects)
-    return _written(args, {"rows": found}), segmenter.table(found)
+        found += memory.run(variant=variant, image_size=size, slices=slices, objects=objects, place=place)
+    document = _written(args, {"rows": found})
+    if args.plot is not None:
+        plots.memory(found, args.plot / "memory.png")
+    return document, memory.table(found)
 
 
 def _package_model(name: str) -> tuple[str, int]:
@@ -181,7 +210,7 @@ def _e2e(args: Namespace) -> Result:
     from medvl_sam2.bench import e2e, plots, rows, scaling
     from medvl_sam2.model.presets import preset
 
-    setting = e2e.build(preset(args.preset), slices=args.slices or 32)
+    setting = e2e.build(preset(args.preset), slices=args.slices or 32, place=_place(args))
     objects = (args.objects or (1, 8)) if "masks" in args.works else ()
     tokens = (args.tokens or 256) if "report" in args.works else 0
     tables = e2e.measure(setting, objects=objects, tokens=tokens, rounds=args.rounds)
@@ -189,8 +218,9 @@ def _e2e(args: Namespace) -> Result:
     if tables["stages"]:
         texts.append(e2e.table(tables["stages"]))
     if "scaling" in args.works:
-        tables["scaling"], tables["fits"] = scaling.run(setting)
+        tables["scaling"], tables["fits"] = scaling.run(setting, rounds=args.rounds)
         texts.append(scaling.table(tables["fits"]))
+    document = _written(args, tables)
     if args.plot is not None:
         if tables["rows"]:
             plots.compared(tables["rows"], args.plot / "e2e.png")
@@ -198,7 +228,7 @@ def _e2e(args: Namespace) -> Result:
             plots.waterfall(tables["stages"], args.plot / "waterfall.png")
         if "scaling" in args.works:
             plots.scaling(tables["scaling"], tables["fits"], args.plot / "scaling.png")
-    return _written(args, tables), "\n\n".join(texts)
+    return document, "\n\n".join(texts)
 
 
 _MEASURES: dict[str, Callable[[Namespace], Result]] = {
@@ -214,7 +244,10 @@ _MEASURES: dict[str, Callable[[Namespace], Result]] = {
 
 def _all(args: Namespace) -> Result:
     """Every part in a process of its own: none finds memory or threads that another left."""
-    shared = ["--preset", args.preset, "--rounds", str(args.rounds)]
+    from medvl_sam2.bench.files import RESULTS
+
+    folder = RESULTS if args.out is None else args.out.absolute()
+    shared = ["--preset", args.preset, "--rounds", str(args.rounds), "--device", args.device]
     for name in ("tokens", "plot", "out"):
         if getattr(args, name) is not None:
             shared += [f"--{name}", str(getattr(args, name))]
@@ -222,18 +255,23 @@ def _all(args: Namespace) -> Result:
         shared += ["--objects", *map(str, args.objects)]
     if args.compile:
         shared.append("--compile")
-    problems = []
+    problems, documents = [], {}
     for part in PARTS:
         command = [sys.executable, "-m", "medvl_sam2.cli", "bench", part, *shared, "--works", *args.works]
         if args.slices is not None and part != "memory":
             # How memory grows shows in long scans alone.
             command += ["--slices", str(args.slices)]
+        file = folder / f"{part}.json"
+        before = file.stat().st_mtime_ns if file.exists() else None
         # The tables are for a reader; stdout stays free for the one document.
         if subprocess.run(command, stdout=sys.stderr).returncode:
             problems.append(part)
             logger.warning("bench %s failed or found something wrong, see above", part)
+        # A part that failed leaves the document of an earlier run as it was.
+        if file.exists() and file.stat().st_mtime_ns != before:
+            documents[part] = json.loads(file.read_text())
     text = f"Failed or wrong: {', '.join(problems)}" if problems else f"Measured: {', '.join(PARTS)}"
-    return {"part": "all", "parts": PARTS, "problems": problems}, text
+    return {"part": "all", "parts": documents, "problems": problems}, text
 
 
 def profile(args: Namespace) -> Result:

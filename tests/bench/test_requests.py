@@ -51,9 +51,9 @@ def setting() -> e2e.Setting:
 def rates(monkeypatch):
     """Floors are to be right, not the machine to be measured."""
     for module in (rows, e2e):
-        monkeypatch.setattr(module, "gemm_rate", lambda: 4e9)
+        monkeypatch.setattr(module, "gemm_rate", lambda **_: 4e9)
     for module in (language, e2e):
-        monkeypatch.setattr(module, "copy_rate", lambda: 2e9)
+        monkeypatch.setattr(module, "copy_rate", lambda **_: 2e9)
 
 
 def test_ingest_and_encoder_agree_with_their_plain_forms():
