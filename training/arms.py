@@ -20,6 +20,7 @@ from medvl_sam2.training import checkpoint, train
 from medvl_sam2.training.batches import Batches
 from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.distributed import join
+from medvl_sam2.training.prepared import claim
 from medvl_sam2.training.store import PhantomStore
 
 AFTER_STAGE2 = "after_stage2"
@@ -124,7 +125,8 @@ def train_arm(
     out = home / "runs" / name
     out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    _claim(out / "arm.json", {"base": fingerprint(base), "projector": projector, "config": settings})
+    made = {"base": fingerprint(base), "projector": projector, "config": settings}
+    claim(out / "arm.json", made, [f"config.{key}" for key in _FREE])
     finished = (out / "model").is_dir() and ((out / AFTER_STAGE2).is_dir() or not keep_stage2)
     if not finished:
         if config.threads:
@@ -176,27 +178,6 @@ def _save(model: MedVLSAM2, directory: Path) -> None:
     if not directory.is_dir():
         with new_folder(directory) as part:
             model.save_pretrained(part)
-
-
-def _claim(path: Path, made: dict[str, Any]) -> None:
-    """Write down what a run is, or find out that the folder holds another."""
-    if not path.is_file():
-        write_text(path, json.dumps(made, indent=1))
-        return
-    ours, theirs = _flat(json.loads(json.dumps(made))), _flat(json.loads(path.read_text()))
-    for key in sorted({*ours, *theirs}):
-        if key.removeprefix("config.") not in _FREE and ours.get(key) != theirs.get(key):
-            raise InputError(
-                f"{path.parent}: was begun with {key} {theirs.get(key)}, not {ours.get(key)}; give another folder for "
-                "the experiments, or remove this one"
-            )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def run_log(out: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from medvl_sam2.engine.files import replacing
 from medvl_sam2.engine.volumes import InputError, Volume, read_mask, read_volume
-from medvl_sam2.training.datasets.base import Record, Text
+from medvl_sam2.training.datasets.base import Record, Text, read_json
 from medvl_sam2.training.datasets.images import read_masks, read_scan
+from medvl_sam2.training.datasets.labelled import case_masks, case_scan
 from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.mask_metrics import Region, label_regions, region
 from medvl_sam2.training.phantom import (
@@ -43,7 +44,6 @@ _ALIASES = (
     (r"(left |right )?hip( bone)?( left| right)?", "{side} hip bone"),
     (r"bladder|urinary bladder", "urinary bladder"),
 )
-_SCANS = ("ct.nii.gz", "ct.nii", "ct.nrrd", "ct.mha", "dicom", "dicom.zip")
 
 
 @dataclass
@@ -116,9 +116,7 @@ def folder_cases(directory: Path) -> Iterator[TruthCase]:
     """
     found = 0
     for path in sorted({labels.parent for labels in Path(directory).rglob("labels.json")}):
-        scan = next((path / name for name in _SCANS if (path / name).exists()), None)
-        if scan is None:
-            scan = next((p for p in sorted(path.glob("*.nrrd")) if "seg" not in p.name.lower()), None)
+        scan = case_scan(path)
         if scan is None:
             continue
         found += 1
@@ -179,11 +177,9 @@ def _question(text: Text) -> Question:
 
 
 def _truth(path: Path, volume: Volume) -> dict[str, Region]:
-    names = json.loads((path / "labels.json").read_text())
+    names = _label_names(path / "labels.json")
     masks: dict[str, np.ndarray] = {}
-    for file in sorted(
-        p for p in path.iterdir() if p.is_file() and re.search(r"seg.*\.(nii|nii\.gz|nrrd|mha)$", p.name)
-    ):
+    for file in case_masks(path):
         table = names.get(file.name, names)
         try:
             labels, _ = read_mask(file, volume)
@@ -191,12 +187,29 @@ def _truth(path: Path, volume: Volume) -> dict[str, Region]:
             # Overlapping segments have no single label map; the same folder holds a plain mask of them.
             continue
         for value, label in table.items():
-            name = structure_name(label) if isinstance(label, str) else None
+            name = structure_name(label) if isinstance(label, str) and value.isdecimal() else None
             if name is None:
                 continue
             mask = labels == int(value)
             masks[name] = masks[name] | mask if name in masks else mask
     return {name: region(mask) for name, mask in masks.items() if mask.any()}
+
+
+def _label_names(path: Path) -> dict[str, Any]:
+    """A label table, or one for each mask by its file's name.
+
+    Raises:
+        InputError: Not such a table, as one whose names stand before their values.
+    """
+    try:
+        names = read_json(path, dict)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for table in [own for own in names.values() if isinstance(own, dict)] or [names]:
+        if table and not any(value.isdecimal() for value in table):
+            shown = json.dumps(dict([next(iter(table.items()))]))
+            raise InputError(f'{path}: expected values before their names, as {{"1": "liver"}}, got {shown}; turn it')
+    return names
 
 
 def structure_name(label: str) -> str | None:

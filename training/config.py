@@ -146,7 +146,9 @@ def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise ValueError(f"config: expected one of {shipped} or a YAML file, got {str(name)!r}")
-    values = yaml.safe_load(path.read_text()) or {}
+    values = _parsed(path.read_text(), str(path)) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections and settings, got {values!r}; see {CONFIGS} for examples")
     base = values.pop("base", None)
     config = TrainConfig() if base is None else load_config(base)
     _update(config, values, str(path))
@@ -154,11 +156,18 @@ def load_config(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         key, separator, value = override.partition("=")
         if not separator:
             raise ValueError(f"set: expected key=value, got {override!r}")
-        tree: Any = yaml.safe_load(value)
+        tree = _parsed(value, f"set: {override}")
         for part in reversed(key.strip().split(".")):
             tree = {part: tree}
         _update(config, tree, "set")
     return config
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())}); correct it") from error
 
 
 def _update(config: Any, values: dict[str, Any], source: str, prefix: str = "") -> None:

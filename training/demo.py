@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from medvl_sam2.engine.case import Case, Exchange, ShownObject
 from medvl_sam2.engine.engine import MedVLEngine
@@ -22,6 +21,7 @@ from medvl_sam2.engine.montage import write_montage
 from medvl_sam2.engine.page import write_page
 from medvl_sam2.engine.progress import bar
 from medvl_sam2.engine.session import VolumeSession
+from medvl_sam2.training.mask_metrics import region
 from medvl_sam2.training.phantom import FINDINGS, STRUCTURES, make_phantom, write_phantom
 from medvl_sam2.training.questions import Question, hidden_structures, make_questions, shown_structures
 from medvl_sam2.training.reports import write_report
@@ -138,19 +138,6 @@ def chest_case(engine: MedVLEngine, out: Path) -> Case | None:
     return _finished(case, session, out / "chest" / "masks.nii.gz")
 
 
-def inner_point(mask: np.ndarray) -> tuple[int, int, int]:
-    """Canonical (x, y, z) deep inside the largest axial section of a mask."""
-    z = int(mask.sum((1, 2)).argmax())
-    y, x = np.unravel_index(ndimage.distance_transform_edt(mask[z]).argmax(), mask.shape[1:])
-    return int(x), int(y), z
-
-
-def tight_box(mask: np.ndarray) -> tuple[int, int, int, int, int, int]:
-    """Canonical (x0, y0, z0, x1, y1, z1), both ends inside, round a mask."""
-    z, y, x = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return x.start, y.start, z.start, x.stop - 1, y.stop - 1, z.stop - 1
-
-
 def _ask(session: VolumeSession, question: Question) -> Exchange:
     answer = session.ask(question.text, question.choices)
     return Exchange(question.kind, question.prompt, answer.text, question.answer or None)
@@ -162,9 +149,9 @@ def _segment(
     request = describe(name)[0] if how == "description" else name
     points, box = None, None
     if how == "point":
-        points = [tuple(session.volume.from_index(np.array(inner_point(truth), float)))]
+        points = [tuple(session.volume.from_index(np.array(region(truth).inner_point(), float)))]
     elif how == "box":
-        corners = session.volume.from_index(np.array(tight_box(truth), float).reshape(2, 3))
+        corners = session.volume.from_index(np.array(region(truth).tight_box(), float).reshape(2, 3))
         box = (*corners.min(0), *corners.max(0))
     found = session.segment(request, points=points, box=box)
     return ShownObject(

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 from tqdm import tqdm
 
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.files import write_text
+from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.engine.segmentation import Segmentation, label_map
 from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.training.cases import TruthCase, folder_cases, manifest_cases, phantom_case
@@ -76,6 +76,7 @@ def run(
 
     Raises:
         ValueError: An unknown task.
+        InputError: No scan to evaluate.
     """
     if unknown := [task for task in tasks if task not in (*TASKS, PROMPTS)]:
         raise ValueError(f"task: expected {', '.join((*TASKS, PROMPTS))}, got {unknown[0]!r}")
@@ -87,6 +88,9 @@ def run(
         cases = folder_cases(Path(data))
     found = tqdm(_rows(str(model), cases, processes, tuple(tasks), rendered), desc="scans", disable=None)
     rows = list(_kept(found, Path(out)) if out else found)
+    if not rows:
+        place = f"split {split!r} of {data}" if Path(data).suffix == ".jsonl" else data
+        raise InputError(f"{place}: expected scans to evaluate, got none; choose another split or data set")
     summary = {
         "model": str(model),
         "data": str(data),
@@ -192,7 +196,7 @@ def _segmentations(
             "text_soft": _soft(found, truth),
         }
         if i in marked:
-            point, box = _marks(truth)
+            point, box = (*truth.inner_point(), 1), truth.tight_box()
             entry |= _scores("box", session.segment(requests[i], box=box, space="index"), truth)
             entry |= _scores("point", session.segment(requests[i], points=[point], space="index"), truth)
             if alone:
@@ -216,16 +220,6 @@ def _soft(found: Segmentation, truth: Region) -> float:
 
 def _request(name: str) -> str:
     return FINDING_TERMS[name].noun if name in FINDING_TERMS else name
-
-
-def _marks(truth: Region) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
-    """A click in the depth of the largest slice, and the tight box; (x, y, z)."""
-    z = int(truth.mask.sum((1, 2)).argmax())
-    depth = ndimage.distance_transform_edt(np.pad(truth.mask[z], 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    z0, y0, x0 = (s.start for s in truth.box)
-    box = (x0, y0, z0, *(s.stop - 1 for s in truth.box[::-1]))
-    return (int(x) + x0, int(y) + y0, z + z0, 1), box
 
 
 def _report(session: VolumeSession, case: TruthCase, rng: np.random.Generator) -> dict[str, Any]:

@@ -46,25 +46,25 @@ _CLAIMS = {
     "and number of steps. All steps of the one-stage runs are joint ones: they see more requests for masks than the "
     "three stages do, and take longer. The claim rests on Dice and on multiple-choice answers.",
 }
-_INTRODUCTION = """# Experiments
-
-The paper's claims (arXiv 2601.09879) at the scale of the `tiny` preset, on phantoms that no run has seen. They say what
-holds for a small model on made scans after few steps, not what holds for the paper's model on patients.
+_INTRODUCTION = """The paper's claims (arXiv 2601.09879) at the scale of the `tiny` preset, on phantoms that no run has
+seen. They say what holds for a small model on made scans after few steps, not what holds for the paper's model on
+patients.
 
 **Method.** All arms of an experiment begin with the same LLM, 3D ViT, SAM2 and [SEG] bridge; projector and LoRA begin
 anew. They have the same number of steps, batch, learning rate and phantoms, and with equal seeds the same batches in
-each stage. Each is run with three seeds and measured on the same unseen phantoms at their own resolution. Tables give
+each stage. Each is run with {seeds} seeds and measured on the same unseen phantoms at their own resolution. Tables give
 mean ± standard deviation over seeds. A comparison takes the differences of equal seeds: it *held* where the 95 %
 interval of their mean (Student's t) lies above zero, *the reverse was seen* where it lies below; else there is *no
-verdict*. Three seeds tell large differences only, and of many comparisons one in twenty errs. "Small structures" are
+verdict*. So few seeds tell large differences only, and of many comparisons one in twenty errs. "Small structures" are
 adrenal glands, pancreas, gallbladder, lung nodules and liver lesions.
 
-**Cost.** Measured with the budget of `training/configs/experiment.yaml` on two cores of an Intel Xeon with AMX, two
-runs at a time and a core each: 600 phantoms to train on are rendered in 5 minutes and 16 to measure on in 3, once; a
-run of 40, 180 and 180 steps takes 8 to 10 minutes, one of 400 joint steps 13 to 16; measuring it 3, and in all five
-ways of asking 12. So `projector`, nine runs, takes about an hour; `prompts` then measures its three Mixer runs anew, in
-25 minutes; `stages` takes them over and adds three one-stage runs, in 35. One that was killed goes on when the command
-is given again, and this page is written anew after each seed."""
+**Cost.** Measured with the budget of `training/configs/experiment.yaml` and three seeds on two cores of an Intel Xeon
+with AMX, two runs at a time and a core each: 600 phantoms to train on are rendered in 5 minutes and 16 to measure on in
+3, once; a run of 40, 180 and 180 steps takes 8 to 10 minutes, one of 400 joint steps 13 to 16; measuring it 3, and in
+all five ways of asking 12. So `projector`, nine runs, takes about an hour; `prompts` then measures its three Mixer runs
+anew, in 25 minutes; `stages` takes them over and adds three one-stage runs, in 35. One that was killed goes on when the
+command is given again, and this page is written anew after each seed."""
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def write_page(results: Path, page: Path) -> Path:
@@ -83,13 +83,14 @@ def write_page(results: Path, page: Path) -> Path:
         "prompts": _prompts,
         "stages": _stages,
     }
-    lines = [_INTRODUCTION]
+    paths = {name: results / f"{name}.json" for name in sections}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    lines = ["# Experiments", "", _introduction(sorted({len(result["seeds"]) for result in found.values()}))]
     for name, section in sections.items():
         lines += ["", f"## {_TITLES[name]}", "", textwrap.fill(f"**Claim.** {_CLAIMS[name]}", 120), ""]
-        path = results / f"{name}.json"
         command = f"medvl-sam2 experiment {name}"
-        if path.is_file():
-            result = json.loads(path.read_text())
+        if name in found:
+            result = found[name]
             command = result["command"] or command
             lines += [_budget(result), "", *section(result, page)]
         else:
@@ -97,6 +98,13 @@ def write_page(results: Path, page: Path) -> Path:
         lines += ["", f"Repeat: `{command}`"]
     write_text(page, "\n".join(lines) + "\n")
     return page
+
+
+def _introduction(counts: list[int]) -> str:
+    """What holds for all experiments, of which some have these numbers of seeds."""
+    words = [_NUMBERS[count] if count < len(_NUMBERS) else str(count) for count in counts]
+    text = _INTRODUCTION.format(seeds=" or ".join(words) or "several")
+    return "\n\n".join(textwrap.fill(part, 120) for part in text.split("\n\n"))
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[float | None]:
@@ -115,6 +123,10 @@ def _table(arms: Arms, keys: dict[str, str]) -> list[str]:
 
 
 def _budget(result: dict[str, Any]) -> str:
+    return " ".join(filter(None, (_beginning(result), result.get("note"))))
+
+
+def _beginning(result: dict[str, Any]) -> str:
     done = max(map(len, result["arms"].values()), default=0)
     said = f"{done} of {len(result['seeds'])} seeds" if done < len(result["seeds"]) else f"{done} seeds"
     said += f", {result['scans']} unseen phantoms each. "

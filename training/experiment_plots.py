@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from medvl_sam2.engine.files import replacing
 from medvl_sam2.training.summary import MODES
 
 Arms = dict[str, list[dict[str, Any]]]
@@ -66,5 +67,6 @@ def save(figure: Figure, page: Path, name: str) -> str:
     """Write a plot into the folder `experiments` beside the page; returns its path relative to the page."""
     folder = page.parent / "experiments"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110)
+    with replacing(folder / f"{name}.png") as part:
+        figure.savefig(part, dpi=110)
     return f"experiments/{name}.png"

@@ -101,7 +101,8 @@ def run(
         report: Called each time the results of one more seed are written.
 
     Returns:
-        What `<out>/<name>.json` holds: "arms", each with the measures of every seed in order.
+        What `<out>/<name>.json` holds: "arms", each with the measures of every seed in order; and "note", a remark for
+        the page that may be written there by hand, and is kept.
 
     Raises:
         ValueError: Unknown experiment, or fewer than two seeds.
@@ -112,8 +113,10 @@ def run(
     if len(lab.seeds) < 2:
         raise ValueError(f"seeds: expected two or more, got {len(lab.seeds)}; a spread needs them")
     lab.out.mkdir(parents=True, exist_ok=True)
+    path = lab.out / f"{name}.json"
     result: dict[str, Any] = {
         "experiment": name,
+        "note": json.loads(path.read_text()).get("note", "") if path.is_file() else "",
         "command": command,
         "seeds": list(lab.seeds),
         "scans": lab.scans,
@@ -132,7 +135,7 @@ def run(
             for _ in trained:
                 for arm, row in next(found).items():
                     arms.setdefault(arm, []).append(row)
-            write_text(lab.out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+            write_text(path, json.dumps(result, indent=2) + "\n")
             if report is not None:
                 report()
     return result

@@ -2,6 +2,7 @@
 
 import csv
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def _speed(flops_per_second: float, device: torch.device) -> dict[str, float]:
         if peak is not None:
             rates["mfu"] = rates["tflops"] / peak
         return {**rates, "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
-    return {**rates, "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {**rates, "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
 
 
 def _start_wandb(project: str, folder: Path, name: str) -> Any:

@@ -69,7 +69,7 @@ def run_phase(
         world: Processes that train together; this one alone by default.
 
     Raises:
-        FloatingPointError: Loss or gradient is not finite; the last checkpoint stays good.
+        FloatingPointError: Loss or gradient is not finite; the last checkpoint, if there is one, stays good.
         ValueError: A setting that does not exist.
     """
     world = world or World()
@@ -152,7 +152,7 @@ def _update(state: PhaseState, phase: PhaseConfig, what: str, world: World) -> T
     norm = full(nn.utils.clip_grad_norm_(state.masters.tuned.values(), phase.clip)).detach()
     # With loss scaling an overflow is part of the game: the step is skipped and the scale halved.
     if not state.scaler.is_enabled() and not world.all_true(torch.isfinite(norm)):
-        raise FloatingPointError(f"{what} is {norm.item()}; {state.path} is good")
+        raise FloatingPointError(f"{what} is {norm.item()}; {_last_good(state.path)}")
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -166,7 +166,11 @@ def _refuse_nan(name: str, step: int, number: int, batch: Any, loss: Tensor, wor
         return
     own = None if torch.isfinite(loss) else f"loss is {loss.item()} in batch {number} ({_names(batch)})"
     told = "; ".join(text for text in world.gather(own) if text)
-    raise FloatingPointError(f"{name}: {told} at step {step}; {path} is good")
+    raise FloatingPointError(f"{name}: {told} at step {step}; {_last_good(path)}")
+
+
+def _last_good(path: Path) -> str:
+    return f"{path} is good" if path.is_file() else "there is no checkpoint of this phase yet"
 
 
 def _names(batch: Any) -> str:

@@ -36,6 +36,20 @@ class Region:
         full[self.box] = self.mask
         return full
 
+    def inner_point(self) -> tuple[int, int, int]:
+        """Voxel (x, y, z) deep inside the largest axial section."""
+        z = int(self.mask.sum((1, 2)).argmax())
+        # Beyond the box, as beyond the scan, nothing is inside.
+        depth = ndimage.distance_transform_edt(np.pad(self.mask[z], 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        z0, y0, x0 = (side.start for side in self.box)
+        return int(x) + x0, int(y) + y0, z + z0
+
+    def tight_box(self) -> tuple[int, int, int, int, int, int]:
+        """Voxels (x0, y0, z0, x1, y1, z1) of the box, both ends inside."""
+        z, y, x = self.box
+        return x.start, y.start, z.start, x.stop - 1, y.stop - 1, z.stop - 1
+
 
 def bounds(mask: np.ndarray) -> Box | None:
     """Tight box of a (Z, Y, X) bool mask, or None where it is empty."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from medvl_sam2.model.modeling import cast_weights
+
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure")
 
 
@@ -69,7 +71,6 @@ class Masters:
 
 
 def lower(module: nn.Module, precision: str) -> None:
-    """Cast all weights for "bf16-pure"; buffers such as SAM2's Fourier matrix stay exact."""
+    """Cast all weights for "bf16-pure"."""
     if precision == "bf16-pure":
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+        cast_weights(module, torch.bfloat16)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from medvl_sam2.model.choices import chosen, normalised
 from medvl_sam2.model.prompts import with_choices
 from medvl_sam2.training.reports import facts_findings, finding_phrase, removed_organs, with_article, write_report
 from medvl_sam2.training.terms import (
@@ -85,10 +86,10 @@ def make_questions(facts: Mapping[str, Any], rng: np.random.Generator) -> list[Q
 
 
 def answer_is_right(question: Question, text: str) -> bool:
-    """Score a short or multiple-choice answer: equal to the truth after normalising, never by containing it.
+    """Score a short or multiple-choice answer.
 
-    A yes or no must be the first word, without its opposite later. A choice counts by its letter ("B", "b)", "B. left",
-    "The answer is B.") or by its text; a letter with another choice's text is wrong.
+    A short one must equal the truth after normalising, not only contain it; a yes or no must be the first word, without
+    its opposite later. A choice is read as the engine reads it (`chosen`): a letter with another text is wrong.
 
     Args:
         question: A short or multiple-choice question.
@@ -101,34 +102,13 @@ def answer_is_right(question: Question, text: str) -> bool:
         raise ValueError("question: expected kind short or multiple_choice, got long; use the text metrics instead")
     if question.kind == "multiple_choice":
         assert question.choices is not None
-        picked = _picked_choice(question.choices, text)
+        picked = chosen(text, question.choices)
         return picked is not None and ascii_uppercase[picked] == question.answer[0]
-    truth, given = _normalise(question.answer), _normalise(text)
+    truth, given = normalised(question.answer), normalised(text)
     if truth in ("yes", "no"):
         words = re.findall(r"[a-z]+", text.lower())
         return bool(words) and words[0] == truth and ("yes" if truth == "no" else "no") not in words[1:]
     return given == truth
-
-
-_FILLER = {"the", "a", "an", "it", "is", "on", "in", "of", "side", "phase", "at", "this", "sides"}
-_SAME = {"thorax": "chest", "noncontrast": "non-contrast", "bilateral": "both", "unenhanced": "non-contrast"}
-
-
-def _normalise(text: str) -> str:
-    words = re.findall(r"[^\W_]+(?:-[^\W_]+)*", text.lower())
-    return " ".join(_SAME.get(word, word) for word in words if word not in _FILLER)
-
-
-def _picked_choice(choices: Sequence[str], text: str) -> int | None:
-    text = re.sub(
-        r"^\s*(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?\s*:?\s*", "", text.strip(), flags=re.I
-    )
-    plain = [_normalise(choice) for choice in choices]
-    letter = re.match(rf"\(?([{ascii_uppercase[: len(choices)]}])(?:[.):]+|\s*$)\s*(.*)$", text, flags=re.I | re.S)
-    if letter:
-        index, rest = ascii_uppercase.index(letter.group(1).upper()), _normalise(letter.group(2))
-        return index if rest in ("", plain[index]) else None
-    return plain.index(_normalise(text)) if plain.count(_normalise(text)) == 1 else None
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:

@@ -17,8 +17,6 @@ from medvl_sam2.training.questions import absent_findings, draw_weighted, hidden
 from medvl_sam2.training.reports import facts_findings
 from medvl_sam2.training.terms import FINDING_TERMS, PAIRS, STRUCTURE_TERMS, join_words, side_of
 
-ABSENT_PREFIX = ABSENT_ANSWER.split()[0]
-"""First word of every answer for something absent, and of no other answer."""
 REQUEST_TEXTS = (
     SEGMENT_REQUEST.replace("{name}", "{}"),
     "Please segment the {}.",

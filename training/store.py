@@ -5,9 +5,6 @@ several, so a run of thousands of patients fits a laptop.
 """
 
 import json
-import logging
-import multiprocessing
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from medvl_sam2.engine.files import make_folder, replacing, write_text
+from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.processing import ScanArray, foreground_box
 from medvl_sam2.training.config import DataConfig
 from medvl_sam2.training.phantom import FINDINGS, Phantom, check_training_seed, make_phantom
-
-logger = logging.getLogger(__name__)
+from medvl_sam2.training.prepared import SETTINGS, claim, spread
 
 SHARD = 50
+# Raised when phantoms of an older version would no longer be rendered alike.
+_VERSION = 1
 # Coarse grid on which the patient is found before rendering, (Z, Y, X).
 _SCOUT = (40, 96, 96)
 
@@ -70,17 +70,50 @@ class PhantomStore:
         return self.data.phantoms
 
     def prepare(self) -> None:
-        """Render what is missing, in `data.workers` processes."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        missing = [n for n in range(-(-len(self) // SHARD)) if not self._facts_path(n).is_file()]
-        if not missing:
-            return
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(self.data.workers, initializer=_single_thread) as pool:
-            for _ in tqdm(
-                pool.imap_unordered(self._render_shard, missing), total=len(missing), desc="phantoms", disable=None
-            ):
+        """Render what is missing, in `data.workers` processes; shards that have become too short are rendered anew.
+
+        A folder from before its settings were written down is taken where all of its shards have the size that the
+        settings give; which share of them is rich is believed.
+
+        Raises:
+            InputError: The folder holds phantoms that were rendered with other settings.
+        """
+        make_folder(self.directory)
+        if not (self.directory / SETTINGS).is_file():
+            self._check_sizes()
+        claim(self.directory / SETTINGS, self._made())
+        missing = [n for n in range(-(-len(self) // SHARD)) if _count(self._facts_path(n)) < self._wanted(n)]
+        if missing:
+            done = spread(self._render_shard, missing, self.data.workers)
+            for _ in tqdm(done, total=len(missing), desc="phantoms", disable=None):
                 pass
+
+    def _made(self) -> dict[str, Any]:
+        # Neither the seeds nor their number: a shard is named by its first seed, and tells how many it holds.
+        volume, data = self.model.volume, self.data
+        return {
+            "version": _VERSION,
+            "size": volume.size,
+            "slices": volume.slices,
+            "foreground_hu": volume.foreground_hu,
+            "side": self.model.sam2.image_size,
+            "rich": data.rich,
+            "runs": data.runs,
+            "run_length": data.run_length,
+        }
+
+    def _check_sizes(self) -> None:
+        for path in self.directory.glob("*.bin"):
+            facts = path.with_suffix(".json")
+            expected = _count(facts) * self.record.itemsize
+            if facts.is_file() and path.stat().st_size != expected:
+                raise InputError(
+                    f"{path}: expected {expected} bytes, got {path.stat().st_size}: its phantoms were rendered with "
+                    "other settings; give another folder, or remove this one"
+                )
+
+    def _wanted(self, shard: int) -> int:
+        return min(SHARD, len(self) - shard * SHARD)
 
     def __getitem__(self, index: int) -> Sample:
         shard, row = divmod(index, SHARD)
@@ -97,21 +130,21 @@ class PhantomStore:
         return self._data_path(shard).with_suffix(".json")
 
     def _render_shard(self, shard: int) -> None:
-        count = min(SHARD, len(self) - shard * SHARD)
-        records, facts = np.zeros(count, self.record), []
-        for row in range(count):
+        records, facts = np.zeros(self._wanted(shard), self.record), []
+        for row in range(len(records)):
             phantom = draw_phantom(self.data.first_seed + shard * SHARD + row, self.data.rich)
             facts.append(phantom.facts)
             _render(phantom, records[row], self.model, self.data)
-        records.tofile(self._data_path(shard))
-        # The facts come last: a shard without them is rendered again.
-        partial = self._facts_path(shard).with_suffix(".partial")
-        partial.write_text(json.dumps(facts))
-        os.replace(partial, self._facts_path(shard))
+        # Moved there whole, as another process may read the shorter shard that lies there; the facts come last, as a
+        # shard without them is rendered again.
+        with replacing(self._data_path(shard)) as part:
+            records.tofile(part)
+        write_text(self._facts_path(shard), json.dumps(facts))
 
 
-def _single_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _count(facts: Path) -> int:
+    """Phantoms of a shard, by its file of facts."""
+    return len(json.loads(facts.read_text())) if facts.is_file() else 0
 
 
 def _record(model: MedVLConfig, data: DataConfig) -> np.dtype:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medvl_sam2.engine.files import replacing
 from medvl_sam2.training.terms import FINDING_TERMS
 from medvl_sam2.training.text_metrics import Estimate, caption_scores, finding_scores, ratio
 
@@ -183,12 +184,13 @@ def write_tables(rows: list[Row], summary: dict[str, Any], out: Path) -> None:
     except ImportError:
         logger.warning("matplotlib: not installed, so dice.png is left out")
         return
-    _draw(summary["dice_per_class"], Figure).savefig(out / "dice.png", dpi=110)
+    with replacing(out / "dice.png") as part:
+        _draw(summary["dice_per_class"], Figure).savefig(part, dpi=110)
 
 
 def _write_csv(path: Path, rows: list[Row]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(path, "w", newline="") as file:
+    with replacing(path) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 SIDES = ("left", "right")
-SECTIONS = ("chest", "abdomen", "pelvis")
 REGION_SECTIONS: dict[str, tuple[str, ...]] = {
     "thorax": ("chest",),
     "abdomen": ("abdomen",),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from medvl_sam2.engine.files import new_folder
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.modeling import MedVLSAM2
 from medvl_sam2.model.presets import preset
@@ -54,6 +55,7 @@ def run(
 
     Raises:
         ValueError: Bad config, or `until` is no phase.
+        InputError: The folder holds phantoms of other settings, or cannot be written.
     """
     config = config if isinstance(config, TrainConfig) else load_config(config, overrides)
     phases = check(config, until)
@@ -66,7 +68,9 @@ def run(
     for phase in phases:
         run_one(phase, model, batches, config, out, world)
     if world.is_main:
-        model.save_pretrained(out / "model")
+        # An earlier run up to another phase may have left a model there.
+        with new_folder(out / "model", replace=True) as part:
+            model.save_pretrained(part)
     world.barrier()
     return out / "model"
 

@@ -1,9 +1,14 @@
-"""Phantoms of an evaluation that several models share."""
+"""Scans of an evaluation: phantoms that several models share, and folders of real ones."""
+
+import json
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
-from medvl_sam2.training.cases import phantom_case
+from medvl_sam2.training.cases import folder_cases, phantom_case
+from medvl_sam2.training.datasets.index import index
+from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.phantom import Phantom
 
 
@@ -30,3 +35,20 @@ def test_a_kept_phantom_is_the_rendered_one_and_is_rendered_once(monkeypatch, tm
 def test_a_training_seed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="seed: expected at least 1000000, got 7"):
         phantom_case(7, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ct.nii.gz", "Chest.nrrd"])
+def test_a_folder_is_read_alike_for_evaluation_and_for_training(name, tmp_path):
+    case = tmp_path / "case"
+    (case / "dicom_seg").mkdir(parents=True)
+    voxels = np.zeros((5, 9, 8), np.int16)
+    voxels[1:3, 3:6, 2:5] = 1
+    # Masks are capitalised by 3D Slicer and others.
+    for file in (name, "Segmentation.nii.gz"):
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), case / file)
+    (case / "labels.json").write_text(json.dumps({"1": "liver"}))
+    (found,) = folder_cases(tmp_path)
+    assert found.volume.shape == (5, 9, 8) and found.regions["liver"].voxels == voxels.sum()
+    index([f"folder={tmp_path}"], tmp_path / "m.jsonl")
+    record = Manifest(tmp_path / "m.jsonl")[0]
+    assert record.image == f"case/{name}" and [mask.path for mask in record.masks] == ["case/Segmentation.nii.gz"]

@@ -128,7 +128,7 @@ def test_prepared_scans_come_back_from_disk(manifest, config, tmp_path):
     path.write_bytes(whole[:100])
     assert np.array_equal(again[0].grid, fresh[0].grid)
     assert path.read_bytes() == whole
-    with pytest.raises(InputError, match="another model"):
+    with pytest.raises(InputError, match=r"volume.slices \d+, not 5; give another folder"):
         ManifestStore(manifest, replace(config, volume=replace(config.volume, slices=5)), "train", tmp_path / "cache")
 
 

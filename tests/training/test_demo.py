@@ -3,7 +3,6 @@
 import json
 
 import nibabel as nib
-import numpy as np
 import pytest
 
 from medvl_sam2.engine.engine import MedVLEngine
@@ -36,16 +35,6 @@ def test_demo_writes_everything(small_model, tmp_path, monkeypatch):
 def test_demo_goes_on_without_the_real_scan(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
     assert demo.chest_case(None, tmp_path) is None
-
-
-def test_marks_lie_in_and_round_the_mask():
-    mask = np.zeros((7, 12, 14), bool)
-    mask[2:5, 3:9, 4:11] = True
-    mask[3, 1, 1] = True
-    x, y, z = demo.inner_point(mask)
-    assert mask[z, y, x]
-    assert min(x - 4, 10 - x, y - 3, 8 - y) >= 2
-    assert demo.tight_box(mask) == (1, 1, 2, 10, 8, 4)
 
 
 @pytest.mark.parametrize(("findings", "expected"), [([], None), (["liver_lesion", "liver_lesion"], None)])

@@ -117,6 +117,18 @@ def test_the_projectors_section(tmp_path):
     assert "**Verdict.** The claim did not hold" in page_of(tmp_path, "projector", result(reversed_))
 
 
+def test_the_number_of_seeds_and_a_note_are_told(tmp_path):
+    arms = {kind: rows(0.6, 0.5) for kind in ("mixer", "grouped_linear", "pooled")}
+    section = page_of(tmp_path, "projector", result(arms, note="The base is older than the shipped weights."))
+    assert "what the stages teach. The base is older than the shipped weights.\n" in section
+    told = {}
+    for seeds in (3, 5, 12):
+        page_of(tmp_path, "projector", result(arms, seeds=list(range(seeds))))
+        told[seeds] = " ".join((tmp_path / "docs" / "page.md").read_text().split("**Cost.**")[0].split())
+    assert "run with three seeds" in told[3] and "run with five seeds" in told[5] and "run with 12 seeds" in told[12]
+    assert "hree" not in told[5]
+
+
 def test_an_experiment_that_is_not_finished_says_so(tmp_path):
     arms = {kind: rows(0.6, 0.5)[:1] for kind in ("mixer", "grouped_linear", "pooled")}
     section = page_of(tmp_path, "projector", result(arms, base={"name": "runs/tiny", "before_stages": True}))
@@ -163,5 +175,6 @@ def test_the_stages_section(tmp_path):
 
 def test_the_page_in_docs_is_of_this_method(tmp_path):
     docs = Path(__file__).resolve().parents[2] / "docs" / "experiments.md"
-    empty = write_page(tmp_path, tmp_path / "page.md").read_text()
-    assert docs.read_text().split("\n## ")[0] == empty.split("\n## ")[0]
+    page_of(tmp_path, "projector", result({kind: rows(0.6, 0.5) for kind in ("mixer", "grouped_linear", "pooled")}))
+    page = (tmp_path / "docs" / "page.md").read_text()
+    assert docs.read_text().split("\n## ")[0] == page.split("\n## ")[0]

@@ -95,6 +95,13 @@ def test_an_experiment_stopped_anywhere_goes_on(name, calls, tmp_path):
         assert len(calls.trained) + len(calls.measured) == total
 
 
+def test_a_note_on_the_results_is_kept(calls, tmp_path):
+    assert run("projector", make_lab(tmp_path))["note"] == ""
+    path = tmp_path / "out" / "projector.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": "By hand."}))
+    assert run("projector", make_lab(tmp_path))["note"] == json.loads(path.read_text())["note"] == "By hand."
+
+
 def test_one_stage_has_the_steps_of_three(calls, tmp_path):
     result = run("stages", make_lab(tmp_path))
     steps = {call["run"]: call["steps"] for call in calls.trained}

@@ -4,6 +4,7 @@ import csv
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from medvl_sam2.training.distributed import World
@@ -45,6 +46,15 @@ def test_a_project_gets_the_rows_of_the_log(tmp_path, monkeypatch):
     assert all(row["stage1/tokens_per_second"] > 0 for row in board.logged)
     with open(tmp_path / "run" / "logs" / "stage1.csv") as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(("platform", "gigabytes"), [("linux", 2.048), ("darwin", 0.002)])
+def test_peak_memory_is_in_the_systems_own_unit(platform, gigabytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=2_000_000))
+    write_two_rows(tmp_path / "run", "")
+    with open(tmp_path / "run" / "logs" / "stage1.csv") as file:
+        assert {float(row["peak_memory_gb"]) for row in csv.DictReader(file)} == {gigabytes}
 
 
 def test_without_a_project_the_package_is_not_needed(tmp_path, monkeypatch):

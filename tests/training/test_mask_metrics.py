@@ -61,3 +61,18 @@ def test_soft_dice_equals_m3d_on_the_resampled_truth():
     g = truth[np.ix_(z, y, x)]
     expected = 2 * (probabilities * g).sum() / (probabilities.sum() + g.sum() + 1)
     assert soft_dice(probabilities, region(truth), transform) == pytest.approx(expected)
+
+
+def test_marks_lie_in_and_round_the_mask():
+    mask = np.zeros((7, 12, 14), bool)
+    mask[2:5, 3:9, 4:11] = True
+    mask[3, 1, 1] = True
+    x, y, z = region(mask).inner_point()
+    assert mask[z, y, x]
+    assert min(x - 4, 10 - x, y - 3, 8 - y) >= 2
+    assert region(mask).tight_box() == (1, 1, 2, 10, 8, 4)
+    # An object that the scan cuts off is not deepest at the scan's edge.
+    cut = np.zeros((3, 9, 20), bool)
+    cut[1, :, :6] = True
+    x, y, z = region(cut).inner_point()
+    assert z == 1 and 2 <= y <= 6 and 2 <= x <= 3

@@ -3,11 +3,10 @@ import re
 import numpy as np
 import pytest
 
-from medvl_sam2.model.prompts import SEG, SEGMENT_ANSWER, SEGMENT_REQUEST
+from medvl_sam2.model.prompts import ABSENT_ANSWER, SEG, SEGMENT_ANSWER, SEGMENT_REQUEST
 from medvl_sam2.training.corpus import synthetic_facts
 from medvl_sam2.training.reports import facts_findings
 from medvl_sam2.training.requests import (
-    ABSENT_PREFIX,
     absent_structure_request,
     make_requests,
     several_answer,
@@ -15,6 +14,9 @@ from medvl_sam2.training.requests import (
 )
 from medvl_sam2.training.templates import TEMPLATES, fill
 from medvl_sam2.training.terms import FINDING_TERMS, STRUCTURE_TERMS
+
+# Of every answer for something absent, and of no other answer.
+FIRST_WORD = ABSENT_ANSWER.split()[0] + " "
 
 
 def facts_and_requests(seed):
@@ -47,7 +49,7 @@ def test_one_seg_for_each_target_and_none_for_absent():
         assert request.answer.count(SEG) == len(request.targets)
         assert (len(request.targets) == 0) == (request.kind == "absent")
         assert (len(request.targets) > 1) == (request.kind == "several")
-        assert request.answer.startswith(ABSENT_PREFIX + " ") == (request.kind == "absent")
+        assert request.answer.startswith(FIRST_WORD) == (request.kind == "absent")
         if len(request.targets) == 1:
             assert request.answer == SEGMENT_ANSWER
 
@@ -134,9 +136,9 @@ def test_templates_format_and_are_distinct(kind):
 
 def test_templates_are_many_enough_and_answers_begin_apart():
     assert len(TEMPLATES["report"]) >= 20 and len(TEMPLATES["semantic"]) >= 20
-    assert all(text.startswith(ABSENT_PREFIX + " ") for text in TEMPLATES["negative_answer"])
+    assert all(text.startswith(FIRST_WORD) for text in TEMPLATES["negative_answer"])
     positive = [*TEMPLATES["seg_answer"], *TEMPLATES["referring_answer"]]
-    assert not any(text.startswith(ABSENT_PREFIX) for text in positive)
+    assert not any(text.startswith(FIRST_WORD) for text in positive)
 
 
 def test_fill_refuses_an_unknown_kind_and_a_missing_name():

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.training import text_metrics
 from medvl_sam2.training.summary import summarise, summarise_prompts, write_tables
 
@@ -104,6 +105,19 @@ def test_tables(tmp_path):
         assert {row["class"] for row in csv.DictReader(file)} == {*summary["dice_per_class"], *summary["dice_per_size"]}
     pytest.importorskip("matplotlib")
     assert (tmp_path / "dice.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "objects.csv").write_text("old")
+    with pytest.raises(InputError, match=r"objects.csv: could not be written"):
+        write_tables([{"name": "a", "objects": [{"name": _Full()}]}], summarise(ROWS), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["objects.csv"]
+    assert (tmp_path / "objects.csv").read_text() == "old"
+
+
+class _Full:
+    def __str__(self) -> str:
+        raise OSError(28, "No space left on device")
 
 
 def test_ways_of_asking_are_compared_on_the_same_objects():

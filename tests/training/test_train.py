@@ -134,6 +134,32 @@ def _names(model: MedVLSAM2, stage: str) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
+def test_a_model_is_replaced_whole_or_not_at_all(small_model, config, tmp_path, monkeypatch):
+    model, save = MedVLSAM2.from_pretrained(small_model, torch.float32), MedVLSAM2.save_pretrained
+    monkeypatch.setattr(train, "build", lambda *_: (model, None))
+    monkeypatch.setattr(train, "run_one", lambda *_: None)
+
+    def weights() -> torch.Tensor:
+        return next(MedVLSAM2.from_pretrained(tmp_path / "model", torch.float32).projector.parameters())
+
+    def half(self, directory):
+        save(self, directory)
+        raise KeyboardInterrupt
+
+    first = next(model.projector.parameters())
+    before = first.detach().clone()
+    train.run(config, tmp_path)
+    first.data += 1
+    with monkeypatch.context() as patched:
+        patched.setattr(MedVLSAM2, "save_pretrained", half)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path)
+    assert torch.equal(weights(), before)
+    train.run(config, tmp_path)
+    assert torch.equal(weights(), before + 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 class _Fit(nn.Module):
     """Fits a line; `stop` breaks off at that batch as a kill would."""
 
@@ -198,6 +224,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tmp_path):
     with pytest.raises(FloatingPointError, match=r"batch 6 .* at step 6; .*vision.pt is good"):
         run_phase("vision", _Fit(), numbers, _fit_config(), tmp_path)
     assert torch.load(tmp_path / "checkpoints" / "vision.pt")["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"at step 2; there is no checkpoint of this phase yet"):
+        run_phase("vision", _Fit(), lambda number: _numbers(number) / (number != 2), _fit_config(), tmp_path)
+    assert not (tmp_path / "checkpoints" / "vision.pt").exists()
 
 
 def test_kill_9_at_a_random_step(tmp_path):

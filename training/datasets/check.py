@@ -15,7 +15,7 @@ from medvl_sam2.model.prompts import SEG
 from medvl_sam2.training.datasets.base import SPLITS, TEXT_KINDS, Mask, Problem, Record
 from medvl_sam2.training.datasets.images import Scan, read_masks, read_scan
 from medvl_sam2.training.datasets.manifest import Manifest
-from medvl_sam2.training.datasets.store import spread
+from medvl_sam2.training.prepared import spread
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ folder             <case>/ct.nii.gz (or any scan), <case>/*seg*, <case>/labels.j
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +136,28 @@ def _decathlon_listings(root: Path) -> list[Path]:
     return folders_with(root, "dataset.json", 1)
 
 
+def case_scan(case: Path) -> Path | None:
+    """The scan in the folder of a case, or None."""
+    named = (case / name for name in _SCANS if (case / name).exists())
+    others = (path for path in sorted(case.glob("*.nrrd")) if "seg" not in path.name.lower())
+    return next(chain(named, others), None)
+
+
+def case_masks(case: Path) -> list[Path]:
+    """Label maps in the folder of a case."""
+    return sorted(path for path in case.iterdir() if path.is_file() and _MASK_FILE.search(path.name))
+
+
 def _read_folder(root: Path) -> Iterator[Record | Problem]:
     def read(listing: Path) -> Iterator[Record | Problem]:
         case = listing.parent
-        scan = next((case / name for name in _SCANS if (case / name).exists()), None)
-        if scan is None:
-            scan = next((path for path in sorted(case.glob("*.nrrd")) if "seg" not in path.name.lower()), None)
+        scan = case_scan(case)
         if scan is None:
             yield Problem(within(root, case), f"no scan: expected one of {', '.join(_SCANS)} or a .nrrd")
             return
         tables = read_json(listing, dict)
         masks = []
-        for path in sorted(path for path in case.iterdir() if _MASK_FILE.search(path.name)):
+        for path in case_masks(case):
             table = tables.get(path.name, tables)
             masks += [
                 Mask(tidy(name), within(root, path), int(value))
@@ -154,7 +165,7 @@ def _read_folder(root: Path) -> Iterator[Record | Problem]:
                 if isinstance(name, str) and str(value).isdecimal() and int(value)
             ]
         if not masks:
-            yield Problem(within(root, case), "no mask named *seg* with names in labels.json")
+            yield Problem(within(root, case), 'no mask named *seg* with names in labels.json, as {"1": "liver"}')
             return
         name = within(root, case) if case != root else root.name
         names = sorted({mask.name for mask in masks})

@@ -32,36 +32,7 @@ from medvl_sam2.training.datasets.base import (
     within,
 )
 
-M3D_SEG_SETS = {
-    "0000": "CHAOS",
-    "0001": "HaN-Seg",
-    "0002": "AMOS22",
-    "0003": "AbdomenCT-1k",
-    "0004": "KiTS23",
-    "0005": "KiPA22",
-    "0006": "KiTS19",
-    "0007": "BTCV",
-    "0008": "Pancreas-CT",
-    "0009": "3D-IRCADB",
-    "0010": "FLARE22",
-    "0011": "TotalSegmentator",
-    "0012": "CT-ORG",
-    "0013": "WORD",
-    "0014": "VerSe19",
-    "0015": "VerSe20",
-    "0016": "SLIVER07",
-    "0017": "QUBIQ",
-    "0018": "MSD-Colon",
-    "0019": "MSD-HepaticVessel",
-    "0020": "MSD-Liver",
-    "0021": "MSD-Lung",
-    "0022": "MSD-Pancreas",
-    "0023": "MSD-Spleen",
-    "0024": "LUNA16",
-}
-"""Published codes; a code beyond them is read alike."""
-
-# Their cases are marked for some of the classes only: what is not marked may well be there.
+# Cases of 3D-IRCADB and QUBIQ are marked for some of the classes only: what is not marked may well be there.
 _PARTLY_MARKED = ("0009", "0017")
 _MASK_SHAPE = re.compile(r"mask_(\(\d+(?:, ?\d+){3},?\))\.npz$")
 _PREPARED_MASK = re.compile(r"mask_(\d+)\.npy$")

@@ -3,29 +3,26 @@
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from medvl_sam2.engine.files import make_folder, replacing, write_text
+from medvl_sam2.engine.files import make_folder, replacing
 from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.training.datasets.base import Problem, Record
 from medvl_sam2.training.datasets.manifest import Manifest
 from medvl_sam2.training.datasets.prepare import Prepared, prepare, stack_side
+from medvl_sam2.training.prepared import SETTINGS, claim, spread
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS = "settings.json"
 _TABLE = "table"
 # Raised when prepared files of an older version would no longer be made alike.
 _VERSION = 1
@@ -172,29 +169,9 @@ class ManifestStore:
         return None
 
 
-def spread(work: Callable[[int], Any], items: Sequence[int], processes: int) -> Iterator[Any]:
-    """Results of `work` on each item, in order; in processes of their own when there are several."""
-    if processes <= 1:
-        yield from map(work, items)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, initializer=_single_thread) as pool:
-        yield from pool.imap(work, items, chunksize=1)
-
-
-def _single_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 def _open_cache(folder: Path, model: MedVLConfig) -> Path:
     """Check that a cache fits the model, or begin it."""
-    settings = json.dumps({"version": _VERSION, "volume": asdict(model.volume), "side": stack_side(model)}, indent=2)
-    path = folder / _SETTINGS
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != settings:
-            raise InputError(f"{folder}: scans prepared for another model are there; give another folder")
-    else:
-        write_text(path, settings)
+    claim(folder / SETTINGS, {"version": _VERSION, "volume": asdict(model.volume), "side": stack_side(model)})
     return folder
 
 
