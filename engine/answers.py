@@ -30,7 +30,7 @@ class ChatEvent:
     Attributes:
         text: What became certain since the last event.
         segmentation: A mask, after the text that led to it.
-        finish: "stop" or "length" on the last event (which may carry text too), else None.
+        finish: "stop", "length" or "cancelled" on the last event (which may carry text too), else None.
         tokens: Tokens generated so far.
         timings: Seconds per stage of this request so far; it grows as the request goes on.
     """

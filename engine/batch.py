@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medvl_sam2.engine.dicom import is_dicom
+from medvl_sam2.engine.dicom import is_image
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.files import make_folder, write_text
 from medvl_sam2.engine.formats import ITK_READERS, NIFTI, suffix_of
@@ -21,7 +21,7 @@ from medvl_sam2.engine.masks import write_mask
 from medvl_sam2.engine.segmentation import label_map
 
 logger = logging.getLogger(__name__)
-RESULTS, JOB = "results.jsonl", "job.json"
+RESULTS, JOB, MASKS = "results.jsonl", "job.json", ".masks.nii.gz"
 _SUFFIXES = (*NIFTI, *ITK_READERS, ".zip")
 
 
@@ -91,7 +91,7 @@ class Worker:
         mask, volume = label_map(found), found[0].volume
         target = None
         if labels:
-            target = self.out / f"{scan}.masks.nii.gz"
+            target = self.out / f"{scan}{MASKS}"
             target.parent.mkdir(parents=True, exist_ok=True)
             write_mask(target, mask, volume, labels)
         objects = [
@@ -106,16 +106,22 @@ class Worker:
         return {"mask": None if target is None else str(target.relative_to(self.out)), "objects": objects}
 
 
-def find_scans(folder: Path) -> list[str]:
-    """Scans below a folder, by path relative to it, sorted: image files, zips, and folders of DICOM files."""
+def find_scans(folder: Path, out: Path | None = None) -> list[str]:
+    """Scans below a folder, by path relative to it, sorted: image files, zips, and folders of DICOM files.
+
+    Args:
+        folder: Where to look.
+        out: Folder of the results; where it lies below the other, it is passed over. Masks of `batch` are everywhere.
+    """
     found = []
     for directory, names, files in os.walk(folder):
-        names.sort()
         place = Path(directory)
-        scans = [name for name in files if suffix_of(Path(name)) in _SUFFIXES]
+        names[:] = sorted(name for name in names if place / name != out)
+        images = [name for name in files if suffix_of(Path(name)) in _SUFFIXES]
+        scans = [name for name in images if not name.lower().endswith(MASKS)]
         found += [str((place / name).relative_to(folder)) for name in scans]
-        others = sorted(set(files) - set(scans))
-        if place != folder and any(is_dicom(place / name) for name in others[:8]):
+        others = sorted(set(files) - set(images))
+        if place != folder and any(is_image(place / name) for name in others):
             found.append(str(place.relative_to(folder)))
     return sorted(found)
 
@@ -130,13 +136,13 @@ def run(folder: str | os.PathLike, out: str | os.PathLike, job: Job, *, workers:
         workers: Engines at work at a time; more than one needs Ray.
 
     Returns:
-        Counts: scans, done (in this run), skipped (done before), failed.
+        Counts: scans, done (in this run), skipped (done before), failed; and problems, each with path and reason.
 
     Raises:
         InputError: No scans, nothing to do, or another job's results in `out`.
     """
     folder = Path(folder).resolve()
-    scans = find_scans(folder) if folder.is_dir() else []
+    scans = find_scans(folder, Path(out).resolve()) if folder.is_dir() else []
     if not scans:
         raise InputError(f"{folder}: holds no scans; give a folder with .nii.gz, .nrrd, .mha, .zip or DICOM folders")
     if not (job.targets or job.questions or job.report):
@@ -145,7 +151,7 @@ def run(folder: str | os.PathLike, out: str | os.PathLike, job: Job, *, workers:
     _check_job(out, job)
     known = _done(out / RESULTS)
     rows = [{"scan": scan} for scan in scans if scan not in known]
-    failed = 0
+    problems = []
     unseen = {row["scan"] for row in rows}
     with (out / RESULTS).open("a", encoding="utf-8") as stream:
 
@@ -153,21 +159,23 @@ def run(folder: str | os.PathLike, out: str | os.PathLike, job: Job, *, workers:
             # One write per line: whatever stops the run leaves whole lines, the last aside.
             stream.write(line + "\n")
             stream.flush()
+            document = json.loads(line)
+            unseen.discard(document["scan"])
+            if not document["ok"]:
+                reason = document["error"].removeprefix(f"{folder / document['scan']}: ")
+                problems.append({"path": document["scan"], "reason": reason})
 
         for result in _results(rows, folder, out, job, workers):
             note(result["line"])
-            document = json.loads(result["line"])
-            unseen.discard(document["scan"])
-            failed += not document["ok"]
         for scan in sorted(unseen):
             note(json.dumps({"scan": scan, "ok": False, "error": "the process that worked on it died"}))
-    failed += len(unseen)
     return {
         "scans": len(scans),
-        "done": len(rows) - failed,
+        "done": len(rows) - len(problems),
         "skipped": len(scans) - len(rows),
-        "failed": failed,
+        "failed": len(problems),
         "results": out / RESULTS,
+        "problems": problems,
     }
 
 

@@ -6,15 +6,19 @@ asked for.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+# Held while a CUDA graph is recorded: a process records one at a time, and memory must not be given back meanwhile.
+RECORDING = Lock()
 
 
 class Lane(Protocol):
@@ -125,16 +129,23 @@ class Beside:
 
     Args:
         lane: Between the sides where a thread does the work; None leaves it to whoever asks for the result.
+        pool: Runs the work; by default a thread of its own.
     """
 
-    def __init__(self, lane: Lane | None) -> None:
+    def __init__(self, lane: Lane | None, pool: Executor | None = None) -> None:
         self._lane = lane
-        self._pool = None if lane is None else ThreadPoolExecutor(1, thread_name_prefix="medvl-sam2-masks")
+        if lane is not None and pool is None:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="medvl-sam2-masks")
+        self._pool = pool
 
     @classmethod
     def of(cls, device: torch.device) -> "Beside":
         """As it pays on a device."""
         return cls(CudaLane(device) if device.type == "cuda" else None)
+
+    def in_one_thread(self) -> "Beside":
+        """The same, but the thread that hands work over also launches it: for profilers, which follow one thread."""
+        return Beside(self._lane, None if self._lane is None else _Here())
 
     @property
     def is_parallel(self) -> bool:
@@ -158,6 +169,19 @@ class Beside:
                 return work(), lane.mark()
 
         return Job(None, self._pool.submit(run), lane)
+
+
+class _Here(Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, work: Callable[[], T]) -> "Future[T]":
+        """The result, which is there."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -91,6 +91,9 @@ class ChainLoop:
         self, ring: RingMemory, chains: Sequence[Chain], plans: Sequence[Sequence[Step]], views: Sequence["_Window"]
     ) -> None:
         static = self._options.static and len(plans[0]) > 1
+        if not static:
+            live = sum(map(bool, plans))
+            ring, chains, plans, views = ring.only(slice(live)), chains[:live], plans[:live], views[:live]
         loop = self._static_loop(ring, chains, plans, views) if static else None
         prompt = EncodedPrompts.join([chain.prompt for chain in chains])
         for number in range(len(plans[0])):
@@ -100,7 +103,8 @@ class ChainLoop:
                 self._step(ring, chains, steps, views, prompt)
             else:
                 for chain, (view, step) in enumerate(zip(views, steps)):
-                    if view.enter(step.index) or not number:
+                    # A window over all slices is the same for every chain, and goes in once.
+                    if view.enter(step.index) or not number and view not in views[:chain]:
                         loop.enter(chain, view.shared)
                 loop.step()
             for row, (chain, step) in enumerate(zip(chains, steps)):
@@ -111,7 +115,8 @@ class ChainLoop:
                     chain.state.keep(step.index, held[row, :, step.slot])
         if loop is not None:
             for row, (chain, plan) in enumerate(zip(chains, plans)):
-                loop.give(row, [step.index for step in plan], chain.state)
+                if plan:
+                    loop.give(row, [step.index for step in plan], chain.state)
             ring.load(loop.ring)
 
     def _step(
@@ -138,16 +143,19 @@ class ChainLoop:
         steps = [step for plan in plans for step in plan]
         states = list({id(chain.state): chain.state for chain in chains}.values())
         prompt = EncodedPrompts.join([chain.prompt for chain in chains])
+        config, slices = self._runner.sam2.config, len(self._features)
+        # At least what a chain through the middle reads: then a loop is the same wherever its objects begin.
+        memories, pointers = config.num_memories, min(slices, config.max_object_pointers)
         shape = LoopShape(
             chains=ring.chains,
             objects=ring.objects,
             states=len(states),
-            slots=ring.tokens.shape[2],
-            reads=max(len(step.memories) for step in steps),
-            pointers=max(len(step.pointers) for step in steps),
+            slots=max(memories, ring.tokens.shape[2]),
+            reads=max(memories, *(len(step.memories) for step in steps)),
+            pointers=max(pointers, *(len(step.pointers) for step in steps)),
             windows=len({id(view) for view in views}),
             window=views[0].size,
-            slices=len(self._features),
+            slices=slices,
             prompt=(prompt.sparse.shape, prompt.dense.shape, prompt.multimask),
             gate=self._options.gate,
             storage_dtype=ring.storage_dtype,
@@ -194,13 +202,15 @@ def stretches(lengths: Sequence[int], static: bool) -> Iterator[tuple[int, int, 
     """Cut chains of falling lengths into stretches (count, start, stop) on which the first `count` run together.
 
     Each runs for exactly its length, unless the loop is static: then half of the chains may have ended and idle before
-    the next, smaller loop takes over, so that few shapes need be recorded.
+    the next, smaller loop takes over, and that one is of 1, 2, 4, ... chains, so that few shapes need be recorded.
     """
     start, count = 0, len(lengths)
     while count:
         stop = lengths[count // 2] if static else lengths[count - 1]
         yield count, start, stop
         start, count = stop, sum(length > stop for length in lengths)
+        if static and count:
+            count = min(len(lengths), 1 << (count - 1).bit_length())
 
 
 class _Window:

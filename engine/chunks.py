@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from medvl_sam2.engine.beside import RECORDING
 from medvl_sam2.engine.cancelling import check
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,13 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # PyTorch's on the CPU; cuBLAS's; Triton's, which names the CUDA error.
+    words = ("DefaultCPUAllocator", "ALLOC_FAILED", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def free_cached() -> None:
     """Give memory that CUDA's allocator holds in pieces back, so that it can be had in one."""
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with RECORDING:
+            torch.cuda.empty_cache()

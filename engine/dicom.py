@@ -103,6 +103,16 @@ def is_dicom(path: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
+def is_image(path: Path) -> bool:
+    """Whether the reader of a series takes the file in; a damaged image counts, which it then names."""
+    try:
+        return _read_header(path) is not None
+    except InputError:
+        return True
+    except OSError:
+        return False
+
+
 def scan_folder(folder: Path, path: Path) -> list[Slice]:
     """Headers of all placed DICOM images below a folder; other files are passed over.
 

@@ -23,8 +23,8 @@ from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.engine.turns import FairLock
 from medvl_sam2.engine.volumes import read_volume
 from medvl_sam2.kernels.float8_linear import why_not_float8
-from medvl_sam2.model.export import EXPORTED, export_language
-from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.export import EXPORTED, check_export, export_language
+from medvl_sam2.model.modeling import MedVLSAM2, cast_weights, model_directory
 from medvl_sam2.model.processing import VolumeProcessor
 
 LANGUAGE_BACKENDS = ("transformers", "vllm")
@@ -44,7 +44,7 @@ class MedVLEngine:
         exported: The LLM as `medvl-sam2 convert --for vllm` writes it, for vLLM; made for this run when None.
 
     Raises:
-        InputError: An unknown device, dtype or backend.
+        InputError: An unknown device, dtype or backend, or `exported` is of other weights.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class MedVLEngine:
         self.room = limit - len(self.chat.prefix())
         self.language = self._language(model, language_backend, exported)
         for module in (model.vision, model.projector):
-            module.to(self.device, self.precision.vision)
+            cast_weights(module.to(self.device), self.precision.vision)
         for module in (model.seg_bridge, model.sam2):
-            module.to(self.device, self.precision.sam2)
+            cast_weights(module.to(self.device), self.precision.sam2)
         self.segmenter = Segmenter(model.sam2, model.config.seg)
         self.beside = Beside.of(self.device)
         self._sessions: dict[Hashable, VolumeSession] = {}
@@ -104,7 +104,7 @@ class MedVLEngine:
             cache_bytes: See `MedVLEngine`.
 
         Raises:
-            InputError: No such model, or its files are damaged or do not fit together.
+            InputError: No such model, or its files are damaged or do not fit together; the LLM exported for vLLM too.
         """
         try:
             model = MedVLSAM2.from_pretrained(name)
@@ -112,7 +112,7 @@ class MedVLEngine:
             message = " ".join(str(error).split())
             prefix = "" if str(name) in message else f"model {str(name)!r}: "
             raise InputError(f"{prefix}{message}") from error
-        exported = Path(name) / EXPORTED
+        exported = model_directory(name) / EXPORTED
         return cls(
             model,
             device=device,
@@ -220,10 +220,15 @@ class MedVLEngine:
         if name == "transformers":
             # LoRA is merged in the wider type of the files' and the run's, so that the sum is rounded once at most.
             if self.precision.language == torch.float32:
-                model.language.to(self.precision.language)
+                cast_weights(model.language, self.precision.language)
             backend = TransformersBackend(model.language, self.chat, convention)
-            model.language.to(self.device, self.precision.language)
+            cast_weights(model.language.to(self.device), self.precision.language)
             return backend
+        if exported is not None:
+            try:
+                check_export(exported, model.language)
+            except ValueError as error:
+                raise InputError(str(error)) from error
         from medvl_sam2.engine.language.vllm_backend import VLLMBackend
 
         with TemporaryDirectory(prefix="medvl_sam2_") as folder:

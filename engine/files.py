@@ -64,26 +64,34 @@ def check_file(path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and is removed otherwise.
+
+    Args:
+        path: Of the folder.
+        replace: Take the place of a folder that is there, which stays whole until then.
 
     Raises:
         InputError: Something is there already, or the place cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
         raise InputError(f"{path}: is there already; choose another name or remove it")
     part = path.with_name(f".{uuid.uuid4().hex[:12]}")
+    old = part.with_suffix(".old")
     try:
         part.mkdir(parents=True)
         yield part
+        if replace and path.exists():
+            path.rename(old)
         part.rename(path)
     except OSError as error:
         raise InputError(
             f"{path}: could not be written ({error.strerror or error}); free space or choose another place"
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for stale in (part, old):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def make_folder(path: str | os.PathLike) -> Path:

@@ -95,6 +95,7 @@ def use_float8(
         kept = min(overlap.values()) >= least_dice and tokens >= least_tokens
     except BaseException:
         layers.use(False)
+        engine.forget()
         raise
     if not kept:
         layers.use(False)

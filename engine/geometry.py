@@ -55,7 +55,8 @@ class Volume:
 
     Attributes:
         voxels: (Z, Y, X) in the stored dtype, native byte order; a view that may have negative strides (copy a slice
-            before handing it to ``torch.from_numpy``).
+            before handing it to ``torch.from_numpy``). What the kernels do not read (bool, uint32, uint64, long double)
+            is held in another dtype, with the same values.
         slope: HU = voxels * slope + intercept.
         intercept: See ``slope``.
         affine: (4, 4), canonical index (x, y, z) -> RAS millimetres; may be oblique or sheared.
@@ -203,7 +204,8 @@ def canonical_volume(
         warnings: See ``Volume``.
 
     Raises:
-        InputError: for an empty array, non-numbers, NaN or infinite voxels, zero spacing or a singular affine.
+        InputError: for an empty array, non-numbers, NaN or infinite voxels, integers beyond int64, zero spacing or a
+            singular affine.
     """
     name = "array" if path is None else str(path)
     affine = np.array(affine, dtype=np.float64)
@@ -214,6 +216,7 @@ def canonical_volume(
         raise InputError(f"{name}: voxels are {voxels.dtype}, not single numbers; give a grey-value scan, not colours")
     if not voxels.dtype.isnative:
         voxels = voxels.astype(voxels.dtype.newbyteorder("="))
+    voxels = _readable(voxels, name)
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
         raise InputError(f"{name}: the scale is {slope} and the offset {intercept}; correct them in the header")
     orientation = ornt_transform(io_orientation(affine), axcodes2ornt("LPS"))
@@ -234,6 +237,24 @@ def check_affine(affine: np.ndarray, name: str) -> None:
         raise InputError(f"{name}: the voxel spacing is {sizes} mm; set the true spacing in the header")
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < _FLATTEST:
         raise InputError(f"{name}: the affine is singular (its axes lie in one plane); repair the header before use")
+
+
+def _readable(voxels: np.ndarray, name: str) -> np.ndarray:
+    """The voxels in a dtype that the kernels read."""
+    kind, size = voxels.dtype.kind, voxels.dtype.itemsize
+    if kind == "b":
+        return voxels.view(np.uint8)
+    if kind == "f" and size > 8:
+        # Too large a value becomes infinite, and is refused as such.
+        with np.errstate(over="ignore"):
+            return voxels.astype(np.float64)
+    if kind == "u" and size > 2:
+        highest = int(voxels.max())
+        for signed in (np.int32, np.int64):
+            if highest <= np.iinfo(signed).max:
+                return voxels.astype(signed)
+        raise InputError(f"{name}: holds the value {highest}, which no CT has; correct the voxels and save it as int16")
+    return voxels
 
 
 def _check_finite(voxels: np.ndarray, name: str) -> None:

@@ -4,6 +4,7 @@ What differs from step to step (slots, ages, pointers, slices) lies in tables on
 a counter on the device walks through them. The host only says "again", and copies the next window of slices in.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,13 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from medvl_sam2.engine.beside import RECORDING
 from medvl_sam2.engine.ring_memory import MemoryReader, RingMemory, Step
 from medvl_sam2.engine.runner import EncodedPrompts, SharedSlices, SliceRunner
 from medvl_sam2.engine.track_state import TrackState
 from medvl_sam2.kernels.memory_attention import memory_attention_cached
 
 logger = logging.getLogger(__name__)
-KEPT_LOOPS = 4
+# One object alone, and 8 with the smaller loops that take over as their chains end.
+KEPT_LOOPS = 8
+# What a chain reads that had ended before the loop began: something, so that no row of the attention is empty.
+_IDLE = Step(0, ((0, 0),), (), None)
 
 
 class StepGraph:
@@ -31,10 +36,13 @@ class StepGraph:
         device: Where its tensors are.
     """
 
+    # After a recording that failed the allocator of this process still believes in it; no other one is begun.
+    is_refused = False
+
     def __init__(self, function: Callable[[], None], device: torch.device) -> None:
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._is_warm = self._is_refused = False
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def is_recorded(self) -> bool:
@@ -43,33 +51,49 @@ class StepGraph:
 
     def __call__(self) -> None:
         """Run the step once."""
-        if self._device.type != "cuda" or self._is_refused:
-            self._function()
-        elif self._graph is not None:
+        if self._graph is not None:
             self._graph.replay()
-        elif not self._is_warm:
-            stream = torch.cuda.Stream(self._device)
+        elif self._device.type != "cuda" or StepGraph.is_refused:
+            self._function()
+        elif self._stream is None:
+            self._stream = stream = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 self._function()
             torch.cuda.current_stream(self._device).wait_stream(stream)
-            self._is_warm = True
         else:
             self._record()
             self()
 
+    def close(self) -> None:
+        """Let go of the graph and of what the function holds; the step cannot be run afterwards."""
+        self._graph, self._function = None, _closed
+
     def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads go on launching on their own streams meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._function()
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            logger.warning("a step cannot be recorded as a CUDA graph (%s); it is launched anew each time", reason)
-            self._is_refused = True
-        else:
-            self._graph = graph
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        # The device, since a recording belongs to the current one. A collection could free another graph meanwhile,
+        # which CUDA forbids.
+        with RECORDING, torch.cuda.device(self._device):
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                # Other threads go on launching on their own streams meanwhile.
+                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                    self._function()
+                self._graph = graph
+            except RuntimeError as error:
+                # Ending a broken recording raises, too, and would leave the thread on the recording's stream.
+                torch.cuda.set_stream(before)
+                reason = str(error.__context__ or error).strip().splitlines()[0]
+                logger.warning("a step cannot be recorded as a CUDA graph (%s); steps are launched anew", reason)
+                StepGraph.is_refused = True
+            finally:
+                if collects:
+                    gc.enable()
+
+
+def _closed() -> None:
+    raise RuntimeError("step: closed; make a new loop")
 
 
 class LoopShape(NamedTuple):
@@ -176,7 +200,7 @@ class StaticLoop:
             prompts: Of all rows.
             pointers: (S, B, d) object pointers of each state from before.
             owners: The state of each chain.
-            chains: The steps of each chain; the first has the most.
+            chains: The steps of each chain; the first has the most, and one that has ended has none.
             places: Each step's slice within its window.
         """
         self.ring.load(ring)
@@ -197,11 +221,11 @@ class StaticLoop:
         for number in range(len(chains[0])):
             # A chain that has ended goes on reading what its last step read, and writes where nobody looks.
             steps = [
-                chain[number] if number < len(chain) else chain[-1]._replace(index=shape.slices, slot=None)
+                chain[number] if number < len(chain) else (chain or [_IDLE])[-1]._replace(index=shape.slices, slot=None)
                 for chain in chains
             ]
             rows["index"].append([start + step.index for start, step in zip(first, steps)])
-            rows["place"].append([at[min(number, len(at) - 1)] for at in places])
+            rows["place"].append([at[min(number, len(at) - 1)] if at else 0 for at in places])
             rows["slot"].append([shape.slots if step.slot is None else step.slot for step in steps])
             rows["slots"].append([_filled([slot for slot, _ in step.memories], shape.reads) for step in steps])
             rows["ages"].append([_filled([age for _, age in step.memories], shape.reads) for step in steps])
@@ -253,7 +277,7 @@ def static_loop(runner: SliceRunner, shape: LoopShape) -> StaticLoop:
     loop = runner.loops.pop(shape, None)
     if loop is None:
         while len(runner.loops) >= KEPT_LOOPS:
-            runner.loops.popitem(last=False)
+            runner.loops.popitem(last=False)[1].step.close()
         loop = StaticLoop(runner, shape)
     runner.loops[shape] = loop
     return loop

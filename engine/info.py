@@ -21,8 +21,16 @@ OPTIONAL = {
     "sam2": ("sam2", "the reference that tests and benchmarks compare with"),
     "accelerate": ("accelerate", "training on several GPUs"),
     "tensorboard": ("tensorboard", "training curves"),
-    "matplotlib": ("matplotlib", "benchmark plots"),
+    "pycocoevalcap": ("pycocoevalcap", "evaluate: BLEU, METEOR, ROUGE-L, CIDEr"),
+    "rouge-score": ("rouge_score", "evaluate: ROUGE-1"),
+    "nltk": ("nltk", "evaluate: METEOR without Java"),
+    "matplotlib": ("matplotlib", "plots of benchmarks and evaluations"),
+    "pytest-benchmark": ("pytest_benchmark", "benchmarks under pytest"),
     "fastapi": ("fastapi", "the server"),
+    "uvicorn": ("uvicorn", "the server's HTTP"),
+    "python-multipart": ("python_multipart", "the server's uploads"),
+    "prometheus-client": ("prometheus_client", "the server's metrics"),
+    "ray": ("ray", "serve --ray and batch --workers above 1"),
     "slicerio": ("slicerio", "the demo's real chest CT"),
 }
 
@@ -134,5 +142,5 @@ def describe(document: dict[str, Any]) -> str:
         state = package["version"] or ""
         if package["unused_because"]:
             state = f"{state} not used: {package['unused_because']}".strip()
-        lines.append(f"  {package['name']:<14} {state} ({package['purpose']})")
+        lines.append(f"  {package['name']:<17} {state} ({package['purpose']})")
     return "\n".join(lines)

@@ -101,7 +101,7 @@ def _telling_slices(masks: Sequence[np.ndarray], depth: int, count: int) -> list
     """Slices that between them show every object near its largest section; evenly spaced ones without masks."""
     areas = np.array([mask.sum((1, 2)) for mask in masks if mask.any()], float).reshape(-1, depth)
     if not len(areas):
-        return [round(depth * (i + 1) / (count + 1)) for i in range(count)]
+        return sorted({depth * (i + 1) // (count + 1) for i in range(count)})
     shares = areas / areas.max(1, keepdims=True)
     best, chosen = np.zeros(len(shares)), []
     for _ in range(min(count, depth)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def slice_prompts(
     size = (transform.slices, image_size, image_size)
     marks: dict[int, list[tuple[float, float, int]]] = {}
     start = None
-    for point in points or ():
+    for point in () if points is None else points:
         x, y, z, label = _point(volume, point, space)
         index = transform.nearest_slice(z)
         (px, py, _), *_ = transform.to_grid(np.array([[x, y, z]]), size)
@@ -100,7 +101,7 @@ def _box(volume: Volume, box: Box, space: Space) -> tuple[np.ndarray, np.ndarray
     first, second = np.asarray(box[:3], float), np.asarray(box[3:], float)
     if (first > second).any():
         raise InputError(f"box {_show(box)}: upside down; give the lower corner first, on every axis")
-    corners = volume.to_index(np.stack([first, second]), space)
+    corners = volume.to_index(_corners(first, second), space)
     low, high = corners.min(0) - 0.5, corners.max(0) + 0.5
     end = np.array(volume.shape[::-1]) - 0.5
     if (high <= -0.5).any() or (low >= end).any():
@@ -108,11 +109,15 @@ def _box(volume: Volume, box: Box, space: Space) -> tuple[np.ndarray, np.ndarray
     return np.maximum(low, -0.5), np.minimum(high, end)
 
 
+def _corners(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """All eight corners (8, 3) of a box: where axes turn against each other, two opposite ones do not span it."""
+    return np.array(list(product(*zip(low, high))), float)
+
+
 def _show(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
 def _span(volume: Volume, space: Space) -> str:
-    corners = np.array([[0, 0, 0], np.array(volume.shape[::-1]) - 1], float)
-    ends = volume.from_index(corners, space)
+    ends = volume.from_index(_corners(np.zeros(3), np.array(volume.shape[::-1]) - 1), space)
     return f"{_show(ends.min(0).round(1))} to {_show(ends.max(0).round(1))}"

@@ -47,7 +47,7 @@ def propagate(
 
 
 @torch.inference_mode()
-def propagate_each(
+def follow_each(
     runner: SliceRunner,
     features: Features,
     prompts: Prompts,
@@ -55,7 +55,7 @@ def propagate_each(
     starts: Sequence[int],
     seg_embeddings: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
+) -> list[VolumeTrack]:
     """Segment B objects through a volume, each from a slice of its own, as one batch.
 
     Every object gives what `propagate` gives for it alone. The loop takes as many steps as the longest way through the
@@ -70,11 +70,13 @@ def propagate_each(
         **options: Of `VolumeTrack`.
 
     Returns:
-        As `propagate`.
+        A track for each object, in order; a single one of all objects where they share one start.
     """
     if len(set(starts)) == 1:
-        asked = {starts[0]: prompts}
-        return propagate(runner, features, asked, start=starts[0], seg_embeddings=seg_embeddings, **options)
+        track = VolumeTrack(runner, features, seg_embeddings=seg_embeddings, **options)
+        track.prompt(starts[0], prompts)
+        track.run(starts[0])
+        return [track]
     gate = options.get("gate_by_object_score")
     out = runner.sam2.step(
         SliceFeatures.cat([features[start] for start in starts]),
@@ -95,4 +97,4 @@ def propagate_each(
     # All forward chains run together, and then all reverse ones where these read what the forward ones left.
     for lots in zip_longest(*(track.ways(start) for track, start in zip(tracks, starts)), fillvalue=()):
         tracks[0].loop.run(list(chain.from_iterable(lots)))
-    return torch.cat([track.logits for track in tracks], 1), torch.cat([track.scores for track in tracks], 1)
+    return tracks

@@ -117,6 +117,11 @@ class SliceRunner:
         self._own = [layer.self_attn.projections() for layer in self._layers]
         self._lift = (0.1 * sine_position(config.feature_size, config.d_model, weight.device)).to(weight.dtype)
 
+    def forget(self) -> None:
+        """Let go of recorded loops and their buffers."""
+        while self.loops:
+            self.loops.popitem()[1].step.close()
+
     def prepare(self, features: SliceFeatures) -> SharedSlices:
         """Do for some slices whatever does not depend on memories."""
         layer, cross = self._layers[0], self.reader.layers[0].cross

@@ -1,6 +1,7 @@
 """One segmented object, in the scan's own voxels."""
 
 import os
+import secrets
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medvl_sam2.engine.geometry import InputError, Volume
+from medvl_sam2.engine.geometry import InputError, Space, Volume
 from medvl_sam2.engine.masks import read_mask, write_mask
 from medvl_sam2.kernels.mask_epilogue import mask_epilogue
 from medvl_sam2.model.processing import GridTransform
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CLAMP = 10.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a mask was asked for by, its refinements included.
+
+    Attributes:
+        target: Words, or None.
+        points: Clicks (i, j, k) or (i, j, k, label).
+        box: (i0, j0, k0, i1, j1, k1), or None.
+        space: Of points and box.
+        id: Of the mask; under it a session keeps what a refinement goes on from.
+    """
+
+    target: str | None = None
+    points: tuple[tuple[float, ...], ...] = ()
+    box: tuple[float, ...] | None = None
+    space: Space = "voxel"
+    id: str = field(default_factory=lambda: f"mask_{secrets.token_hex(8)}")
 
 
 @dataclass(eq=False)
@@ -35,6 +55,7 @@ class Segmentation:
         scores: Object-score logit of each slice; empty when absent.
         start: Slice of the stack where the memory started; None without memory.
         timings: Seconds per stage of this request.
+        asked: What it was asked for by; `VolumeSession.refine` goes on from there.
     """
 
     name: str
@@ -47,6 +68,7 @@ class Segmentation:
     scores: list[float] = field(default_factory=list)
     start: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    asked: Asked = field(default_factory=Asked)
 
     @property
     def gated_logits(self) -> Tensor | None:

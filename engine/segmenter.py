@@ -1,7 +1,7 @@
 """Masks from prompts: every slice alone, or carried by SAM2's memory away from a start slice."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.engine.chunks import Chunks, free_cached, out_of_memory
-from medvl_sam2.engine.propagation import propagate, propagate_each
+from medvl_sam2.engine.propagation import follow_each
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import Images, Place, SliceEncoder, choose_place
 from medvl_sam2.engine.track_state import Features, KeptFeatures, Mode
@@ -21,6 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Followed:
+    """An object's way through the slices, from which corrections go on.
+
+    Attributes:
+        track: Of this object alone.
+        embeddings: (1, E, d) prompt tokens of the text, or None.
+    """
+
+    track: VolumeTrack
+    embeddings: Tensor | None
+
+
+@dataclass(frozen=True)
 class ObjectSlices:
     """One object on the slice stack.
 
@@ -29,12 +42,14 @@ class ObjectSlices:
         scores: (S,) object-score logits.
         present: (S,) slices that hold the object.
         start: Slice that the memory started from; None without memory.
+        followed: For corrections; None without memory and for objects of a batch that share one track.
     """
 
     logits: Tensor
     scores: Tensor
     present: Tensor
     start: int | None
+    followed: Followed | None = None
 
 
 def union(objects: Sequence[ObjectSlices]) -> ObjectSlices:
@@ -90,15 +105,16 @@ class Segmenter:
             return self._encoder.encode_to_host(images, slices, cancel)
         return self._encoder.encode(images, 0, slices, cancel)
 
-    def track(self, features: Features, embeddings: Tensor | None = None) -> VolumeTrack:
+    def track(self, features: Features, embeddings: Tensor | None = None, cancel: Event | None = None) -> VolumeTrack:
         """Objects that are prompted, followed and corrected slice by slice.
 
         Args:
             features: S slices; `LazyFeatures` where all of them would not fit.
             embeddings: (B, E, d) prompt tokens of the text, given on every slice if the configuration says so.
+            cancel: As in `VolumeTrack`.
         """
         every = embeddings if self.config.every_slice else None
-        return VolumeTrack(self.runner, features, mode=self.mode, seg_embeddings=every)
+        return VolumeTrack(self.runner, features, mode=self.mode, seg_embeddings=every, cancel=cancel)
 
     @torch.inference_mode()
     def by_text(self, features: Features, embeddings: Tensor, cancel: Event | None = None) -> list[ObjectSlices]:
@@ -119,12 +135,14 @@ class Segmenter:
             if not half or not out_of_memory(error):
                 raise
             logger.warning("out of memory: %d objects as batches of %d", len(embeddings), half)
+        self.runner.forget()
         free_cached()
         return [found for part in embeddings.split(half) for found in self.by_text(features, part, cancel)]
 
     def _by_text(self, features: Features, embeddings: Tensor, cancel: Event | None) -> list[ObjectSlices]:
         logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
         starts: list[int | None] = [None] * len(embeddings)
+        followed: dict[int, Followed] = {}
         if self.config.use_memory:
             best, where = scores.max(0)
             # An object that no slice shows has nothing to start from, and stays empty.
@@ -135,7 +153,7 @@ class Segmenter:
             rows = [i for i, start in enumerate(starts) if start is not None]
             if rows:
                 some = embeddings[rows]
-                logits[:, rows], scores[:, rows] = propagate_each(
+                tracks = follow_each(
                     self.runner,
                     features,
                     Prompts(embeddings=some),
@@ -144,9 +162,16 @@ class Segmenter:
                     mode=self.mode,
                     cancel=cancel,
                 )
+                logits[:, rows] = torch.cat([track.logits for track in tracks], 1)
+                scores[:, rows] = torch.cat([track.scores for track in tracks], 1)
+                if len(tracks) == len(rows):
+                    followed = {i: Followed(track, embeddings[i : i + 1]) for i, track in zip(rows, tracks)}
         present = scores > self.config.object_gate
         logits = logits - self.config.mask_threshold
-        return [ObjectSlices(logits[:, i], scores[:, i], present[:, i], start) for i, start in enumerate(starts)]
+        return [
+            ObjectSlices(logits[:, i], scores[:, i], present[:, i], start, followed.get(i))
+            for i, start in enumerate(starts)
+        ]
 
     @torch.inference_mode()
     def by_prompts(
@@ -174,21 +199,61 @@ class Segmenter:
             start = int(scores[:, 0].argmax())
             given.setdefault(start, Prompts(embeddings=embeddings))
         if self.config.use_memory or embeddings is None:
-            every = embeddings if self.config.every_slice else None
-            options = {"seg_embeddings": every, "mode": self.mode, "cancel": cancel}
-            logits, scores = propagate(self.runner, features, given, start=start, **options)
-        else:
-            logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
+            track = self.track(features, embeddings, cancel)
             for index, prompt in given.items():
-                logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt, cancel)
-            start = None
+                track.prompt(index, prompt)
+            track.run(start)
+            return self._followed(Followed(track, embeddings), prompts, extent)
+        logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
+        for index, prompt in given.items():
+            logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt, cancel)
+        return self._marked(logits, scores, None, prompts, extent)
+
+    @torch.inference_mode()
+    def correct(
+        self,
+        followed: Followed,
+        prompts: Mapping[int, Prompts],
+        clicked: Collection[int],
+        extent: tuple[int, int] | None = None,
+        cancel: Event | None = None,
+    ) -> ObjectSlices:
+        """Correct an object by further clicks; only what follows from them is computed.
+
+        Args:
+            followed: As it was; it stays so.
+            prompts: Points and boxes by slice, the earlier ones too, batch 1.
+            clicked: Slices that have new ones.
+            extent: As in `by_prompts`.
+            cancel: Ends the work with `Cancelled` before the next slice once set.
+        """
+        track = followed.track.fork(cancel)
+        track.correct_all({index: prompts[index].with_embeddings(followed.embeddings) for index in clicked})
+        return self._followed(Followed(track, followed.embeddings), prompts, extent)
+
+    def _followed(
+        self, followed: Followed, prompts: Mapping[int, Prompts], extent: tuple[int, int] | None
+    ) -> ObjectSlices:
+        track = followed.track
+        return self._marked(track.logits, track.scores, followed, prompts, extent)
+
+    def _marked(
+        self,
+        logits: Tensor,
+        scores: Tensor,
+        followed: Followed | None,
+        prompts: Mapping[int, Prompts],
+        extent: tuple[int, int] | None,
+    ) -> ObjectSlices:
+        """What a user marked, within its box."""
         present = scores[:, 0] > self.config.object_gate
         logits = logits - self.config.mask_threshold
         if extent is not None:
             present[: extent[0]] = present[extent[1] + 1 :] = False
             (box,) = (prompt.boxes[0] for prompt in prompts.values() if prompt.boxes is not None)
             logits = logits.masked_fill(self._outside(box, logits.shape[-1]), NO_OBJECT)
-        return ObjectSlices(logits[:, 0], scores[:, 0], present, start)
+        start = None if followed is None else followed.track.start
+        return ObjectSlices(logits[:, 0], scores[:, 0], present, start, followed)
 
     def _outside(self, box: Tensor, side: int) -> Tensor:
         """(side, side) mask pixels beyond a box in image pixels, one mask pixel of leeway for the interpolation."""

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from medvl_sam2.engine.answers import Answer, ChatEvent
 from medvl_sam2.engine.beside import Job
-from medvl_sam2.engine.cancelling import check
+from medvl_sam2.engine.cancelling import Linked, check
 from medvl_sam2.engine.geometry import InputError, Space, Volume
 from medvl_sam2.engine.prompting import Box, Point, slice_prompts
 from medvl_sam2.engine.scan_work import ScanWork
-from medvl_sam2.engine.segmentation import Segmentation
+from medvl_sam2.engine.segmentation import Asked, Segmentation
 from medvl_sam2.engine.segmenter import ObjectSlices, union
-from medvl_sam2.engine.text import TextStream, chosen, mask_name, requested
+from medvl_sam2.engine.text import TextStream, mask_name, requested
 from medvl_sam2.engine.timing import Stages
+from medvl_sam2.model.choices import chosen
 from medvl_sam2.model.prompts import ABSENT_ANSWER, REPORT_REQUEST, SEGMENT_ANSWER, with_choices
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class VolumeSession:
             cancel: Ends the answer early once set.
 
         Raises:
-            InputError: The question is empty or too long.
+            InputError: The question is empty or too long, or has too many choices.
         """
         return self.ask_all([question], [choices], max_tokens=max_tokens, cancel=cancel)[0]
 
@@ -120,10 +121,11 @@ class VolumeSession:
             What `ask` gives for each.
 
         Raises:
-            InputError: A question is empty or too long.
+            InputError: A question is empty or too long, has too many choices, or is not in a list.
         """
+        _refuse_text("questions", questions, "ask")
         stages, choices = self.stages.part(), choices or [None] * len(questions)
-        texts = [with_choices(q, tuple(c)) if c else q for q, c in zip(questions, choices, strict=True)]
+        texts = [_with_choices(q, c) if c else q for q, c in zip(questions, choices, strict=True)]
         ids = [self.prompt_ids(text) for text in texts]
         streams = [TextStream(self._engine.tokenizer) for _ in ids]
         size = self._engine.language.batch
@@ -163,16 +165,21 @@ class VolumeSession:
             InputError: The text is empty or too long.
             Cancelled: The event was set while a mask was computed.
         """
-        stages, cancel = self.stages.part(), cancel or Event()
+        # A listener who leaves ends his own masks, not what else the caller's event may stand for.
+        stages, left = self.stages.part(), Linked(cancel)
         stream, tokens = TextStream(self._engine.tokenizer), 0
         ids = self.prompt_ids(text, history)
         pending: deque[tuple[str, str, Job]] = deque()
+        if self._engine.beside.is_parallel:
+            # On a stream of its own it costs the text little, and the first [SEG] finds it done.
+            with self._engine.using(self):
+                self._work.features(stages)
         try:
             for (step,) in self._rounds([ids], max_tokens, cancel, stages):
                 tokens += 1
                 if step.hidden is not None:
                     with self._engine.using(self):
-                        job = self._work.by_text(step.hidden[None, None], stages, cancel)
+                        job = self._work.by_text(step.hidden[None, None], stages, left)
                     pending.append((mask_name(stream.text, text), stream.text.strip(), job))
                 elif piece := stream.push(step.token):
                     yield ChatEvent(text=piece, tokens=tokens, timings=stages)
@@ -184,8 +191,10 @@ class VolumeSession:
         finally:
             if pending:
                 # Whoever listened has left.
-                cancel.set()
+                left.set()
         finish = "stop" if tokens < min(max_tokens, self._engine.room - len(ids)) else "length"
+        if left.is_set():
+            finish = "cancelled"
         yield ChatEvent(text=stream.flush(), finish=finish, tokens=tokens, timings=stages)
 
     def prompt_ids(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
@@ -230,6 +239,8 @@ class VolumeSession:
             InputError: Nothing to go by, a point outside the volume, or a box upside down.
             Cancelled: The event was set.
         """
+        # No points are no mark: the model is asked whether the target is there.
+        points = None if points is None or not len(points) else list(points)
         if points is None and box is None:
             if target is None:
                 raise InputError("target: expected a name, a description, points or a box, got nothing to segment")
@@ -238,16 +249,63 @@ class VolumeSession:
         marked = slice_prompts(self.volume, self.transform, image_size, points or None, box, space)
         if target is None and marked.start is None:
             raise InputError("points: expected one on the object (label +1) where no name is given; add one")
-        stages, hidden = self.stages.part(), None
+        name, stages, hidden = "object", self.stages.part(), None
         with self._engine.using(self):
             check(cancel)
             self._work.features(stages, cancel)
             if target is not None:
                 # The user points at it, so the model is not asked whether it is there.
-                (target,), (forced,) = self._force([target], stages)
+                (name,), (forced,) = self._force([target], stages)
                 hidden = forced.hidden
             shown = self._work.by_prompts(marked, hidden, stages, cancel).result()
-        return self._segmentation(target or "object", SEGMENT_ANSWER, shown, stages)
+            asked = Asked(target, _numbers(points or []), None if box is None else tuple(map(float, box)), space)
+            return self._segmentation(name, asked, SEGMENT_ANSWER, shown, stages)
+
+    def refine(
+        self,
+        found: Segmentation | Asked,
+        points: Sequence[Point],
+        *,
+        space: Space | None = None,
+        cancel: Event | None = None,
+    ) -> Segmentation:
+        """Correct a mask by further clicks, on any slices.
+
+        A slice with new clicks is segmented again, with its mask as a hint, and then only slices that follow from it.
+        Where the scan's work has been let go since, or the mask was made without memory or is older than the last ones
+        that are kept, the object is segmented again from all clicks, as `segment` would.
+
+        Args:
+            found: A mask of this scan, or its `asked`; it stays as it is.
+            points: New clicks: (i, j, k) or (i, j, k, label); label +1 marks the object (default), -1 the background.
+            space: Of the points; None takes the one of the request. It must be that one if there were points or a box.
+            cancel: Ends the work before the next slice once set.
+
+        Returns:
+            The mask on the scan's own grid, which can be refined in turn.
+
+        Raises:
+            InputError: No point, one outside the volume, or in another space than those before.
+            Cancelled: The event was set.
+        """
+        asked = found.asked if isinstance(found, Segmentation) else found
+        if len(points) == 0:
+            raise InputError("points: expected a click or more, got none; give (i, j, k, label)")
+        if space not in (None, asked.space) and (asked.points or asked.box is not None):
+            raise InputError(f"space: expected {asked.space!r} as in the mask, got {space!r}; convert the points")
+        space, stages = space or asked.space, self.stages.part()
+        every = (*asked.points, *_numbers(points))
+        common = (self.volume, self.transform, self._engine.processor.image_size)
+        clicked = slice_prompts(*common, points, None, space).prompts
+        marked = slice_prompts(*common, every, asked.box, space)
+        with self._engine.using(self):
+            check(cancel)
+            job = self._work.correct(asked.id, marked, list(clicked), stages, cancel)
+            if job is not None:
+                asked = Asked(asked.target, every, asked.box, space)
+                name = requested(asked.target)[0] if asked.target else "object"
+                return self._segmentation(name, asked, SEGMENT_ANSWER, job.result(), stages)
+        return self.segment(asked.target, points=every, box=asked.box, space=space, cancel=cancel)
 
     def segment_all(self, targets: Sequence[str], *, cancel: Event | None = None) -> list[Segmentation]:
         """Segment several objects by name or description, as one batch.
@@ -257,9 +315,10 @@ class VolumeSession:
             cancel: Ends the work before the next slice once set.
 
         Raises:
-            InputError: A target is empty or too long.
+            InputError: A target is empty or too long, or a bare text is given instead of a list.
             Cancelled: The event was set.
         """
+        _refuse_text("targets", targets, "segment")
         if not targets:
             return []
         stages = self.stages.part()
@@ -281,7 +340,10 @@ class VolumeSession:
                 # The model would begin with something else: with a name, when it sees several objects in the request.
                 if result.first not in own and (parts := self._own_answer(targets[i], stages, cancel)):
                     texts[i], objects[i] = parts
-        return [self._segmentation(name, texts[i], objects.get(i), stages) for i, name in enumerate(names)]
+            return [
+                self._segmentation(name, Asked(targets[i]), texts[i], objects.get(i), stages)
+                for i, name in enumerate(names)
+            ]
 
     def _own_answer(self, target: str, stages: Stages, cancel: Event | None) -> tuple[str, ObjectSlices] | None:
         """The model's own answer to a request and its objects as one; None unless there are several."""
@@ -318,12 +380,16 @@ class VolumeSession:
         """The one object of a job that is ready."""
         with self._engine.using(self):
             (shown,) = job.result()
-            return self._segmentation(name, text, shown, stages)
+            return self._segmentation(name, Asked(name), text, shown, stages)
 
-    def _segmentation(self, name: str, text: str, shown: ObjectSlices | None, stages: Stages) -> Segmentation:
-        common = {"name": name, "volume": self.volume, "text": text, "transform": self.transform}
+    def _segmentation(
+        self, name: str, asked: Asked, text: str, shown: ObjectSlices | None, stages: Stages
+    ) -> Segmentation:
+        common = {"name": name, "volume": self.volume, "text": text, "transform": self.transform, "asked": asked}
         if shown is None:
             return Segmentation(absent=True, timings=dict(stages), **common)
+        if shown.followed is not None:
+            self._work.keep(asked.id, shown.followed)
         scores = [round(score, 4) for score in shown.scores.float().tolist()]
         return Segmentation(
             absent=False,
@@ -362,3 +428,23 @@ class VolumeSession:
         if len(ids) >= self._engine.room:
             raise InputError(f"text: {len(ids)} tokens, but there is room for {self._engine.room - 1}; shorten it")
         return ids
+
+
+def _refuse_text(name: str, values: Sequence[str], single: str) -> None:
+    """A text is a sequence of texts too: of its letters."""
+    if isinstance(values, str):
+        raise InputError(f"{name}: expected a list of texts, got {values!r}; give [{values!r}], or call {single}")
+
+
+def _with_choices(question: str, choices: Sequence[str]) -> str:
+    if isinstance(choices, str):
+        raise InputError(f"choices: expected a list of texts, got {choices!r}; give one text for each choice")
+    try:
+        return with_choices(question, tuple(choices))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _numbers(points: Sequence[Point]) -> tuple[tuple[float, ...], ...]:
+    """Points as a mask remembers them, which may be written to a file."""
+    return tuple(tuple(float(value) for value in point) for point in points)

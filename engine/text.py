@@ -1,13 +1,11 @@
-"""Small things about words: streamed detokenisation, what a target is called, which choice an answer means."""
+"""Small things about words: streamed detokenisation, and what a target is called."""
 
 import re
-from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from medvl_sam2.model.prompts import SEGMENT_REQUEST
 
-_LETTER = re.compile(r"^\W*([A-Z])(?:[.):\s]|$)")
 _NAMED = re.compile(r"(?:^|[.,;!?]\s+|\band\s+)(?:the\s+)?([A-Za-z][\w /-]*?)\s*:\s*$", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:the|a|an)\s+", re.IGNORECASE)
 _ORDER = re.compile(
@@ -60,17 +58,6 @@ def mask_name(answer: str, request: str) -> str:
     """Name of a mask whose [SEG] follows `answer`: "Liver: " names it, else what was requested does."""
     named = _NAMED.search(answer)
     return named.group(1).lower() if named else _subject(request)
-
-
-def chosen(answer: str, choices: Sequence[str]) -> int | None:
-    """Index of the choice that an answer means: by its letter, else by the choice's own words; None when neither."""
-    letter = _LETTER.match(answer)
-    if letter and ord(letter.group(1)) - ord("A") < len(choices):
-        return ord(letter.group(1)) - ord("A")
-    said = answer.lower().strip(" .")
-    exact = [i for i, choice in enumerate(choices) if choice.lower().strip(" .") == said]
-    within = [i for i, choice in enumerate(choices) if choice.lower().strip(" .") in said]
-    return exact[0] if exact else within[0] if len(within) == 1 else None
 
 
 def _subject(request: str) -> str:

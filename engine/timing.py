@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,7 +23,7 @@ class Stages(Mapping[str, float]):
     def __init__(self, device: torch.device):
         self._device = device
         self._seconds: dict[str, float] = {}
-        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -50,16 +51,22 @@ class Stages(Mapping[str, float]):
         last.record(stream)
         with self._lock:
             self._marks.append((name, first, last))
+            # What has ended is added up here, so that marks nobody asks for do not pile up, two a token.
+            while self._marks and self._marks[0][2].query():
+                self._settle()
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    def _settle(self) -> None:
+        name, first, last = self._marks.popleft()
+        last.synchronize()
+        self._add(name, first.elapsed_time(last) / 1000)
+
     def _settled(self) -> dict[str, float]:
         with self._lock:
-            for name, first, last in self._marks:
-                last.synchronize()
-                self._add(name, first.elapsed_time(last) / 1000)
-            self._marks.clear()
+            while self._marks:
+                self._settle()
             return self._seconds.copy()
 
     def __getitem__(self, name: str) -> float:

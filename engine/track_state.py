@@ -1,5 +1,6 @@
 """What is known of the objects on the slices of a volume, and the memories that follow from it."""
 
+from copy import copy
 from typing import Literal, Protocol
 
 import torch
@@ -64,6 +65,23 @@ class TrackState:
     def objects(self) -> int:
         """B."""
         return self.scores.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, the features aside."""
+        tensors = [x for x in (self.logits, self.scores, self.pointers, *self._kept.values()) if x is not None]
+        return sum(x.nbytes for x in tensors)
+
+    def fork(self) -> "TrackState":
+        """A copy that goes its own way; kept memories, which are replaced and never written to, are shared."""
+        other = copy(self)
+        other.conditioning, other.tracked, other._kept = dict(self.conditioning), dict(self.tracked), dict(self._kept)
+        other.logits, other.scores, other.pointers = self.logits.clone(), self.scores.clone(), self.pointers.clone()
+        return other
+
+    def is_settled(self, index: int) -> bool:
+        """Whether chains leave the slice as it is: it conditions the others, or a user has corrected it."""
+        return index in self.conditioning or self.tracked.get(index, False)
 
     def store(self, index: int, out: StepOutput, rows: slice = slice(None)) -> None:
         """Note the outcome of a slice: of some rows of a batch that holds other objects too."""

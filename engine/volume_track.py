@@ -4,7 +4,8 @@ Only logits, object scores and object pointers are kept per slice. A slice's mem
 again where a chain is taken up anew, and nothing else grows with the number of slices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from threading import Event
 from typing import Literal
@@ -77,6 +78,29 @@ class VolumeTrack:
         self._need_objects()
         return self._state.scores
 
+    @property
+    def start(self) -> int | None:
+        """Slice where the last run began; None before the first."""
+        return self._state.start
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, the features aside."""
+        return self._state.nbytes
+
+    @torch.inference_mode()
+    def fork(self, cancel: Event | None = None) -> "VolumeTrack":
+        """A copy to be corrected while this one stays as it is.
+
+        Args:
+            cancel: Of the copy, in place of this one's.
+        """
+        self._need_objects()
+        other = copy(self)
+        other._options, other._state = replace(self._options, cancel=cancel), self._state.fork()
+        other.loop = ChainLoop(self.runner, self.features, other._options)
+        return other
+
     @torch.inference_mode()
     def prompt(self, index: int, prompts: Prompts | None) -> None:
         """Segment a slice from prompts; the chains of the next `run` start from it.
@@ -130,6 +154,8 @@ class VolumeTrack:
     def run(self, start: int, directions: Directions = "both") -> None:
         """Carry the objects from ``start`` to the ends of the volume.
 
+        As in the package's legacy video predictor, slices that a user corrected keep their masks.
+
         Args:
             start: Slice where the chains begin, usually a prompted one.
             directions: Which chains.
@@ -151,17 +177,17 @@ class VolumeTrack:
         if not state.conditioning:
             raise ValueError("track: expected a prompted slice before run(), got none; call prompt() first")
         state.start = start
-        forward = [t for t in range(start, len(self.features)) if t not in state.conditioning]
+        forward = [t for t in range(start, len(self.features)) if not state.is_settled(t)]
         # As in the package, a reverse run from the first slice has nowhere to go.
-        reverse = [t for t in range(start, -1, -1) if t not in state.conditioning] if start else []
+        reverse = [t for t in range(start, -1, -1) if not state.is_settled(t)] if start else []
         wanted = [(forward, False)] * (directions != "reverse") + [(reverse, True)] * (directions != "forward")
         wanted = [(order, backwards) for order, backwards in wanted if order]
         if state.mode == "independent" and start in state.conditioning:
-            yield [self._chain(order, backwards, ()) for order, backwards in wanted]
+            yield [self._chain(order, backwards, self._corrected(backwards)) for order, backwards in wanted]
             return
         for order, backwards in wanted:
             # A start that nobody prompted is a step of both chains, which then must not run side by side.
-            seen = () if state.mode == "independent" else tuple(state.tracked)
+            seen = self._corrected(backwards) if state.mode == "independent" else tuple(state.tracked)
             yield [self._chain(order, backwards, seen)]
 
     @torch.inference_mode()
@@ -173,44 +199,58 @@ class VolumeTrack:
             prompts: All prompts of that slice.
 
         Returns:
+            As `correct_all`.
+        """
+        return self.correct_all({index: prompts})
+
+    @torch.inference_mode()
+    def correct_all(self, prompts: Mapping[int, Prompts]) -> list[int]:
+        """Correct slices by clicks, the nearest to the start first, and bring up to date what follows from any of them.
+
+        A slice that was tracked does not become a conditioning one, which all others would have to follow: the
+        package's video predictors do the same (`add_all_frames_to_correct_as_cond` is false). As in the legacy one, it
+        keeps the mask of its clicks when other slices are corrected later, and is their memory; the newer one would
+        track over it.
+
+        Args:
+            prompts: All prompts of each of the slices.
+
+        Returns:
             The slices whose masks were made again.
         """
-        state = self._state
-        if state.start is None:
+        state, start = self._state, self._state.start
+        if start is None:
             raise ValueError("track: expected run() before a correction, got none; call prompt() and run()")
-        was_tracked = index in state.tracked
-        reached = list(state.tracked)
-        self.prompt(index, prompts)
-        start = state.start
-        forward = [t for t in range(start, len(self.features)) if t in reached]
-        reverse = [t for t in range(start, -1, -1) if t in reached and t not in forward]
-        if was_tracked:
-            side = forward if index in forward else reverse
-            side[:] = side[side.index(index) + 1 :]
-            if side is forward and not self._reads_from(reverse, index):
-                reverse = []
-            if side is reverse:
-                forward = []
+        reached = set(state.tracked)
+        for index in sorted(prompts, key=lambda t: abs(t - start)):
+            self.prompt(index, prompts[index])
+        follows = [t for t in sorted(reached) if not state.is_settled(t)]
+        forward, reverse = [t for t in follows if t >= start], [t for t in reversed(follows) if t < start]
+        if reached.issuperset(prompts):
+            ahead, behind = [t for t in prompts if t >= start], [t for t in prompts if t < start]
+            forward = [t for t in forward if ahead and t > min(ahead)]
+            if not self._reads(reverse, {*ahead, *forward}):
+                reverse = [t for t in reverse if behind and t < max(behind)]
         chains = [self._chain_of(order[0], order) for order in (forward, reverse) if order]
         if state.mode == "independent":
             self.loop.run(chains)
         else:
             for chain in chains:
                 self.loop.run([chain])
-        return sorted({index, *forward, *reverse})
+        return sorted({*prompts, *forward, *reverse})
 
-    def _reads_from(self, reverse: Sequence[int], index: int) -> bool:
-        """Whether the reverse chain reads a slice from ``index`` on."""
-        state = self._state
-        if state.mode == "independent" or not reverse:
+    def _reads(self, reverse: list[int], changed: Collection[int]) -> bool:
+        """Whether the reverse chain reads one of the changed slices."""
+        if self._state.mode == "independent" or not reverse:
             return False
-        laid_out = lay_out(self._chain_of(reverse[0], list(reverse)))
-        return any(
-            t >= index
-            for step in laid_out.steps
-            for t in (*(t for t, _ in step.pointers), *laid_out.loads)
-            if t not in state.conditioning
-        )
+        laid_out = lay_out(self._chain_of(reverse[0], reverse))
+        read = {t for step in laid_out.steps for t, _ in step.pointers} | set(laid_out.loads)
+        return not read.isdisjoint(changed)
+
+    def _corrected(self, reverse: bool) -> list[int]:
+        """Tracked slices on one side of the start, which belongs to both, that a user corrected."""
+        start, tracked = self._state.start, self._state.tracked
+        return [t for t, user in tracked.items() if user and (t <= start if reverse else t >= start)]
 
     def _chain_of(self, first: int, order: list[int]) -> Chain:
         """A chain taken up at a slice that was tracked before, in the direction it was tracked in."""

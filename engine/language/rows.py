@@ -131,6 +131,12 @@ class AnswerRows:
             self.stop += 1
         self.step()
 
+    def close(self) -> None:
+        """Let go of the graph and the cache at once, rather than when Python next looks for cycles."""
+        self.step.close()
+        self._layers.clear()
+        self._cache = None
+
     def _step(self) -> None:
         self._visible.index_fill_(3, self._place, True)
         hidden = self._model.hidden(

@@ -125,9 +125,11 @@ class TransformersBackend(LanguageBackend):
 
     def _give_rows(self, rows: AnswerRows) -> None:
         if rows.static:
+            if double := self._kept.pop((rows.count, rows.length), None):
+                double.close()
             self._kept[rows.count, rows.length] = rows
             while sum(count * length for count, length in self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+                self._kept.popitem(last=False)[1].close()
 
     @torch.inference_mode()
     def forced(
@@ -166,7 +168,8 @@ class TransformersBackend(LanguageBackend):
 
     def forget(self) -> None:
         """Let go of recorded decoders, which know the weights of the time when they were recorded."""
-        self._kept.clear()
+        while self._kept:
+            self._kept.popitem()[1].close()
 
     def _weigh(self, hidden: Tensor, start: int, answer: Sequence[int], rival: Sequence[int] | None) -> Forced:
         offset = start - (self.convention == "predicting")

@@ -288,6 +288,11 @@ def _build(directory: Path, device: torch.device, dtype: torch.dtype, options: d
     from peft import PeftConfig
     from transformers import AutoConfig
 
+    if device.type == "cuda" and dtype == torch.float32 and (directory / ADAPTER).is_dir():
+        raise InputError(
+            "dtype: expected bfloat16 or float16 for vLLM with a LoRA on CUDA, got float32; "
+            "take another dtype or merge the LoRA (convert --for vllm --merge)"
+        )
     register()
     config = AutoConfig.from_pretrained(directory / BASE)
     adapter = directory / ADAPTER
@@ -313,6 +318,9 @@ def _build(directory: Path, device: torch.device, dtype: torch.dtype, options: d
     if device.type == "cpu":
         # The default of 128 tokens would leave much of a scan's prefix out of the cache.
         settings["block_size"] = 32
+    else:
+        # vLLM takes this share of the card for itself; the ViT, SAM2 and its features have the rest.
+        settings["gpu_memory_utilization"] = 0.5
     engine = LLMEngine.from_engine_args(EngineArgs(**settings | options))
     request = LoRARequest("medvl-sam2", 1, str(adapter)) if lora else None
     return engine, request, config.hidden_size

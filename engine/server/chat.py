@@ -75,6 +75,7 @@ class Chat:
                 # Closed in any case, so that the language backend lets go of a request that nobody waits for.
                 with closing(events):
                     for event in events:
+                        # What was cancelled ends here, so a finish is OpenAI's "stop" or "length".
                         check(cancel)
                         timings = event.timings
                         if not tokens and event.tokens:
@@ -92,7 +93,7 @@ class Chat:
     def _mask(self, found: Segmentation | None) -> Mask | None:
         if found is None:
             return None
-        stored = StoredMask.of(found, found.name)
+        stored = StoredMask.of(found)
         self.store.keep(self.volume, stored)
         self.metrics.masks.inc()
         return describe(stored, found, self.volume.id)

@@ -2,22 +2,20 @@
 
 import json
 import re
-import secrets
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from medvl_sam2.engine.files import replacing
-from medvl_sam2.engine.geometry import InputError, Space, Volume
+from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.masks import write_mask
-from medvl_sam2.engine.segmentation import Segmentation
+from medvl_sam2.engine.segmentation import Asked, Segmentation
 from medvl_sam2.engine.server.errors import ApiError, disk_full
 from medvl_sam2.engine.server.schemas import Mask, Rle
 
 _ID = re.compile(r"mask_[0-9a-f]{16}")
-_ABOUT = ("name", "target", "points", "box", "space", "absent")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,37 +23,26 @@ class StoredMask:
     """A mask with what it was asked for by, so that it can be refined and downloaded.
 
     Attributes:
-        id: Under which users know it.
         name: Of the object.
-        target: Words of the request, or None.
-        points: Clicks of the request and of its refinements.
-        box: Of the request, or None.
-        space: Of points and box.
+        asked: The request and its refinements; its id is the one under which users know the mask.
         counts: Run lengths of the canonical mask, (Z, Y, X) in C order.
         absent: The model answered that there is no such thing.
     """
 
-    id: str
     name: str
-    target: str | None
-    points: tuple[tuple[float, ...], ...]
-    box: tuple[float, ...] | None
-    space: Space
+    asked: Asked
     counts: np.ndarray
     absent: bool
 
+    @property
+    def id(self) -> str:
+        """Under which users know it."""
+        return self.asked.id
+
     @classmethod
-    def of(
-        cls,
-        found: Segmentation,
-        target: str | None,
-        points: tuple[tuple[float, ...], ...] = (),
-        box: tuple[float, ...] | None = None,
-        space: Space = "voxel",
-    ) -> "StoredMask":
-        """Keep a segmentation under a new id."""
-        identity = f"mask_{secrets.token_hex(8)}"
-        return cls(identity, found.name, target, points, box, space, run_lengths(found.mask.ravel()), found.absent)
+    def of(cls, found: Segmentation) -> "StoredMask":
+        """What is kept of a segmentation."""
+        return cls(found.name, found.asked, run_lengths(found.mask.ravel()), found.absent)
 
     def save(self, folder: Path) -> None:
         """Write it beside its scan.
@@ -63,7 +50,7 @@ class StoredMask:
         Raises:
             ApiError: 507 when the disk is full.
         """
-        about = {name: getattr(self, name) for name in _ABOUT}
+        about = {"name": self.name, "absent": self.absent, **asdict(self.asked)}
         try:
             with replacing(folder / f"{self.id}.npz") as part, part.open("wb") as stream:
                 np.savez(stream, counts=self.counts, about=np.array(json.dumps(about)))
@@ -85,9 +72,9 @@ class StoredMask:
         with np.load(path) as content:
             about = json.loads(str(content["about"]))
             counts = content["counts"]
-        points = tuple(map(tuple, about.pop("points")))
-        box = about.pop("box")
-        return cls(id=identity, points=points, box=box and tuple(box), counts=counts, **about)
+        points, box = tuple(map(tuple, about["points"])), about["box"]
+        asked = Asked(about["target"], points, box and tuple(box), about["space"], identity)
+        return cls(about["name"], asked, counts, about["absent"])
 
     def nifti(self, volume: Volume) -> bytes:
         """The mask as a .nii.gz on the grid of the scan's own file.

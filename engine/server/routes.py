@@ -183,26 +183,26 @@ async def segment(server: Shared, request: Request, volume: Owned, body: Segment
 
     With format "nifti" the answer is a .nii.gz on the scan's own grid, and its header X-Mask-Id names the mask.
     """
-    target, points, box, space = body.target, body.points or [], body.box, body.space
-    if body.mask_id is not None:
-        refined = StoredMask.load(volume.folder, body.mask_id)
-        if "space" in body.model_fields_set and space != refined.space:
-            raise ApiError(400, "invalid_input", f"space: expected {refined.space!r} as in the mask, got {space!r}")
-        target, points, box, space = refined.target, [*refined.points, *points], refined.box, refined.space
+    before = None if body.mask_id is None else StoredMask.load(volume.folder, body.mask_id).asked
 
     def work(cancel: Event) -> Response | Mask | MaskList:
         with server.store.using(volume) as session:
             if body.targets is not None:
                 every = session.segment_all(body.targets, cancel=cancel)
                 server.metrics.observe_work(every[0].timings)
-                return MaskList(data=[kept(found, asked)[1] for asked, found in zip(body.targets, every)])
-            found = session.segment(target, points=points or None, box=box, space=space, cancel=cancel)
+                return MaskList(data=[kept(found)[1] for found in every])
+            if before is not None:
+                space = body.space if "space" in body.model_fields_set else None
+                found = session.refine(before, body.points, space=space, cancel=cancel)
+            else:
+                marks = {"points": body.points or None, "box": body.box, "space": body.space}
+                found = session.segment(body.target, **marks, cancel=cancel)
             server.metrics.observe_work(found.timings)
-            stored, mask = kept(found, target, tuple(map(tuple, points)), None if box is None else tuple(box), space)
+            stored, mask = kept(found)
             return mask if body.format == "rle" else _nifti(stored, stored.nifti(session.volume))
 
-    def kept(found: Segmentation, *asked: Any) -> tuple[StoredMask, Mask]:
-        stored = StoredMask.of(found, *asked)
+    def kept(found: Segmentation) -> tuple[StoredMask, Mask]:
+        stored = StoredMask.of(found)
         server.metrics.masks.inc()
         server.store.keep(volume, stored)
         return stored, describe(stored, found, volume.id)

@@ -208,6 +208,8 @@ class VolumeStore:
         finally:
             with self._lock:
                 self._users[volume.id] -= 1
+                if not self._users[volume.id]:
+                    del self._users[volume.id]
             _touch(volume)
 
     def keep(self, volume: StoredVolume, mask: StoredMask) -> None:

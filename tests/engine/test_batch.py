@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.engine.masks import read_mask
 from medvl_sam2.engine.segmentation import label_map
+from medvl_sam2.engine.volumes import read_volume
 
 
 @pytest.fixture
@@ -54,10 +56,41 @@ def test_scans_are_found(folder, shared_data, tmp_path):
     assert batch.find_scans(tmp_path / "study") == ["copy"]
 
 
+def test_results_among_the_scans_are_no_scans(folder, small_model):
+    job, out = batch.Job(model=str(small_model), device="cpu", report=True), folder / "study" / "out"
+    scans = ["a.nii.gz", "bad.nii.gz", "study/b.nii.gz", "study/c.nii"]
+    for place in (out, folder / "older"):
+        place.mkdir()
+        shutil.copy(folder / "a.nii.gz", place / "a.nii.gz.masks.nii.gz")
+    shutil.copy(folder / "a.nii.gz", out / "b.nii.gz")
+    for skipped in (0, 3):
+        summary = batch.run(folder, out, job)
+        assert (summary["scans"], summary["skipped"]) == (4, skipped)
+    assert sorted(lines(out)) == scans
+    assert batch.find_scans(folder, folder) == sorted([*scans, "study/out/b.nii.gz"])
+
+
+def test_dicom_is_found_as_the_reader_finds_it(shared_data, tmp_path):
+    """Behind other files, and without the mark that some writers leave out; a segmentation in DICOM is no scan."""
+    image = shared_data / "odd_headers" / "oblique_dicom" / "2.dcm"
+    bare, none = tmp_path / "in" / "bare", tmp_path / "in" / "none"
+    for place in (bare, none):
+        place.mkdir(parents=True)
+        for number in range(12):
+            (place / f"a{number:02}.txt").write_text("no image")
+        (place / "a gone.dcm").symlink_to(tmp_path / "gone")
+    (bare / "slice.dcm").write_bytes(image.read_bytes()[132:])
+    assert read_volume(bare).source.format == "dicom"
+    shutil.copy(shared_data / "dcmqi_ct3slice" / "dicom_seg" / "liver.dcm", none)
+    assert batch.find_scans(tmp_path / "in") == ["bare"]
+
+
 def test_lines_and_masks_are_the_engines(folder, job, tmp_path):
     out = tmp_path / "out"
     summary = batch.run(folder, out, job)
     assert (summary["scans"], summary["done"], summary["skipped"], summary["failed"]) == (4, 3, 0, 1)
+    (problem,) = summary["problems"]
+    assert problem["path"] == "bad.nii.gz" and problem["reason"].startswith("not a readable NIfTI file")
     documents = lines(out)
     assert not documents["bad.nii.gz"]["ok"] and "bad.nii.gz" in documents["bad.nii.gz"]["error"]
     engine = MedVLEngine.from_pretrained(job.model, device="cpu")

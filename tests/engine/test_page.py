@@ -103,6 +103,16 @@ def test_montage_shows_every_colour_that_has_a_mask(case, tmp_path):
     assert case.color(1) not in seen
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 40])
+def test_montage_without_masks_shows_slices_that_are_there(case, tmp_path, depth):
+    case.volume = Volume.from_array(np.zeros((depth, 40, 60), np.int16))
+    case.objects, seen, gray = [], [], case.gray
+    case.gray = lambda z: seen.append(z) or gray(z)
+    write_montage(tmp_path / "m.png", [case])
+    assert len(seen) == len(set(seen)) == min(depth, 3)
+    assert min(seen) >= 0 and max(seen) < depth
+
+
 def test_overlay_tints_inside_and_paints_the_edge():
     gray = np.full((9, 9), 100, np.uint8)
     mask = np.zeros((9, 9), bool)

@@ -1,59 +1,24 @@
 """Sessions: the way from a question or click to answers and masks on the scan's own grid."""
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from threading import Event
 
 import numpy as np
 import pytest
 import torch
+from _scans import ball, decide
 
-from medvl_sam2.engine import precision
-from medvl_sam2.engine.beside import Beside
-from medvl_sam2.engine.cancelling import Cancelled, check
+from medvl_sam2.engine.cancelling import Cancelled
 from medvl_sam2.engine.engine import MedVLEngine
 from medvl_sam2.engine.geometry import InputError, Volume
 from medvl_sam2.engine.language.base import Step
 from medvl_sam2.engine.prompting import slice_prompts
 from medvl_sam2.engine.segmentation import Segmentation, dice, label_map
-from medvl_sam2.engine.text import TextStream, chosen, mask_name, requested
+from medvl_sam2.engine.text import TextStream, mask_name, requested
 from medvl_sam2.model.modeling import MedVLSAM2
-from medvl_sam2.model.presets import preset
 from medvl_sam2.model.processing import GridTransform, ScanArray, VolumeProcessor
 from medvl_sam2.model.prompts import SEGMENT_ANSWER
 from medvl_sam2.model.sam2 import Prompts, propagate
-
-SHAPE = (18, 40, 36)
-
-
-def ball(seed: int = 0) -> Volume:
-    """A noisy ball, stored right to left and feet last."""
-    rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij"))
-    voxels = np.where((grid**2).sum(0) < 0.8, 60, -1000) + rng.normal(0, 15, SHAPE)
-    affine = np.array([[1.5, 0, 0, -30], [0, 1.5, 0, -25], [0, 0, -3, 40], [0, 0, 0, 1.0]])
-    return Volume.from_array(voxels.astype(np.int16), affine=affine)
-
-
-def decide(monkeypatch, session, **said):
-    """Make the random model say whether a target is there."""
-    language = session._engine.language
-    forced, first = language.forced, session._engine.chat.answer(SEGMENT_ANSWER)[0]
-    monkeypatch.setattr(
-        language, "forced", lambda *a: [replace(result, **{"first": first, **said}) for result in forced(*a)]
-    )
-
-
-@pytest.fixture(scope="module")
-def engine(small_model):
-    return MedVLEngine.from_pretrained(small_model, device="cpu")
-
-
-@pytest.fixture
-def session(engine):
-    return engine.open(ball())
 
 
 def test_mask_by_name_equals_the_parts_run_one_by_one(session, small_model, monkeypatch):
@@ -255,123 +220,6 @@ def test_questions_together_are_answered_as_each_alone(session):
         session.ask_all(["What is seen?", ""])
 
 
-class Lane:
-    """Two streams in words: what waits for what, and which memory each side is told of."""
-
-    def __init__(self):
-        self.for_work, self.for_asker, self.done = [], [], 0
-
-    def leave(self, tensors):
-        self.for_work.append([tuple(tensor.shape) for tensor in tensors])
-        return len(self.for_work)
-
-    @contextmanager
-    def inside(self, mark):
-        assert mark == self.done + 1, "the work waits for what was there when it was handed over"
-        try:
-            yield
-        finally:
-            self.done += 1
-
-    def mark(self):
-        return self.done + 1
-
-    def take(self, tensors, mark):
-        self.for_asker.append((mark, {tuple(tensor.shape) for tensor in tensors}))
-
-
-@pytest.fixture
-def beside(engine, monkeypatch):
-    """As on a GPU: SAM2's work in a thread, beside a lane that notes what happens."""
-    lane = Lane()
-    monkeypatch.setattr(engine, "beside", Beside(lane))
-    return lane
-
-
-def test_image_features_are_computed_while_the_language_model_reads(session, engine, beside, monkeypatch):
-    begun, read = threading.Event(), threading.Event()
-    encode, prefix = engine.segmenter.encode, engine.language.prefix
-
-    def encode_when_reading(*args):
-        begun.set()
-        assert read.wait(20), "the language model waits for the image features"
-        return encode(*args)
-
-    def read_when_encoding(visual):
-        assert begun.wait(20), "the image features wait for the language model"
-        read.set()
-        return prefix(visual)
-
-    monkeypatch.setattr(engine.segmenter, "encode", encode_when_reading)
-    monkeypatch.setattr(engine.language, "prefix", read_when_encoding)
-    found = session.segment("liver", points=[(18, 20, 9)])
-    monkeypatch.undo()
-    assert {"vision", "prefix", "slices", "language", "masks"} <= set(found.timings)
-    features, prompts = beside.for_work
-    assert features == []
-    assert (1, 1, engine.config.sam2.d_model) in prompts
-    # The masks' job takes the features, and the request takes the masks, each behind the mark of what made them.
-    assert [mark for mark, _ in beside.for_asker] == [1, 2]
-    assert tuple(found.logits.shape) in beside.for_asker[1][1]
-    sequential = engine.open(session.volume).segment("liver", points=[(18, 20, 9)])
-    torch.testing.assert_close(found.logits, sequential.logits)
-
-
-def test_masks_are_computed_while_the_text_goes_on(session, engine, beside, monkeypatch):
-    chat = engine.chat
-    ids = chat.answer("Liver: [SEG]. That is all.")[:-1]
-    spoken, by_text = threading.Event(), engine.segmenter.by_text
-
-    def said(prefix, prompts, **_):
-        for number, token in enumerate(ids):
-            yield [Step(token, torch.ones(64) if token == chat.seg_id else None)]
-            if number == len(ids) - 2:
-                spoken.set()
-
-    def mask_when_spoken(*args):
-        assert spoken.wait(20), "the text waits for the mask"
-        return by_text(*args)
-
-    monkeypatch.setattr(engine.language, "generate_all", said)
-    monkeypatch.setattr(engine.segmenter, "by_text", mask_when_spoken)
-    events = list(session.chat("Segment the liver."))
-    kinds = ["mask" if event.segmentation else "text" for event in events]
-    assert kinds.count("mask") == 1
-    assert kinds.index("mask") > kinds.index("text") + 2
-    assert events[-1].finish == "stop"
-    (mask,) = [event.segmentation for event in events if event.segmentation]
-    assert mask.name == "liver"
-    monkeypatch.undo()
-    expected = session._by_text(torch.ones(1, 1, 64), session.stages)[0]
-    torch.testing.assert_close(mask.logits, expected.logits)
-
-
-def test_work_beside_that_fails_or_is_left_ends_with_its_request(session, engine, beside, monkeypatch):
-    with monkeypatch.context() as broken:
-        broken.setattr(engine.segmenter, "encode", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            session.segment(None, points=[(18, 20, 9)])
-    assert session.segment(None, points=[(18, 20, 9)]).mask.shape == session.volume.shape
-    chat, seen = engine.chat, []
-
-    def said(prefix, prompts, **_):
-        yield [Step(chat.seg_id, torch.ones(64))]
-        yield [Step(chat.answer("the")[0])]
-
-    def slow(features, embeddings, cancel):
-        assert cancel.wait(20), "nobody told the mask that the listener has left"
-        seen.append(cancel)
-        check(cancel)
-
-    monkeypatch.setattr(engine.language, "generate_all", said)
-    monkeypatch.setattr(engine.segmenter, "by_text", slow)
-    events = session.chat("Segment the liver.")
-    assert next(events).text
-    events.close()
-    engine.beside.start(lambda: None).result()
-    assert len(seen) == 1
-
-
 def test_cancelled_request_leaves_the_session_usable(session, monkeypatch):
     expected, cancel = session.segment("liver", points=[(18, 20, 9)]), Event()
     cancel.set()
@@ -501,22 +349,6 @@ def test_words_of_a_target():
     assert mask_name("It is", "Segment the spleen.") == "spleen"
 
 
-@pytest.mark.parametrize(
-    ("answer", "index"),
-    [
-        ("B. left", 1),
-        ("b", None),
-        ("A", 0),
-        ("left", 1),
-        ("It is left.", 1),
-        ("Z. what", None),
-        ("right or left", None),
-    ],
-)
-def test_choice_of_an_answer(answer, index):
-    assert chosen(answer, ("right", "left")) == index
-
-
 def test_text_stream_waits_for_whole_characters(engine):
     ids = engine.tokenizer.encode("Ärzte – ok", add_special_tokens=False)
     stream = TextStream(engine.tokenizer)
@@ -529,43 +361,3 @@ def test_engine_arguments(small_model):
     for wrong in ({"device": "abacus"}, {"dtype": "int3"}, {"language_backend": "steam"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             MedVLEngine.from_pretrained(small_model, **wrong)
-
-
-@pytest.mark.parametrize(
-    ("many", "one", "convolution", "chosen_types"),
-    [
-        (4.0, 0.8, 3.0, ("bfloat16", "float32", "bfloat16")),  # AMX
-        (4.0, 1.9, 0.02, ("bfloat16", "bfloat16", "float32")),  # products alone gain
-        (0.5, 0.5, 0.02, ("float32", "float32", "float32")),
-    ],
-)
-def test_auto_takes_bfloat16_part_by_part_where_it_pays(monkeypatch, many, one, convolution, chosen_types):
-    monkeypatch.setattr(precision, "product_gain", lambda width, rows=1: one if rows == 1 else many)
-    monkeypatch.setattr(precision, "convolution_gain", lambda: convolution)
-    got = precision.choose_precision("auto", torch.device("cpu"), preset("1b-fast"))
-    assert (got.vision, got.language, got.sam2) == tuple(getattr(torch, name) for name in chosen_types)
-    # Small parts gain too little to be rounded, however the timing goes.
-    assert str(precision.choose_precision("auto", torch.device("cpu"), preset("tiny"))) == "float32"
-
-
-def test_sixteen_bits_that_slow_the_cpu_down_are_told(monkeypatch, caplog):
-    for gain, told in ((0.02, True), (3.0, False)):
-        caplog.clear()
-        monkeypatch.setattr(precision, "convolution_gain", lambda dtype, gain=gain: gain)
-        precision.choose_precision("bfloat16", torch.device("cpu"), preset("tiny"))
-        assert ("50 times slower" in caplog.text) == told
-
-
-def test_parts_of_unlike_dtypes_work_together(monkeypatch):
-    found = {}
-    scan = ball()
-    for kinds in (("float32",) * 3, ("bfloat16", "float32", "bfloat16"), ("bfloat16", "bfloat16", "float32")):
-        chosen_types = precision.Precision(*(getattr(torch, kind) for kind in kinds))
-        monkeypatch.setattr("medvl_sam2.engine.engine.choose_precision", lambda *_, chosen=chosen_types: chosen)
-        session = MedVLEngine.from_pretrained("tiny", device="cpu").open(scan)
-        assert session.ask("Is there a nodule?").text
-        found[kinds] = session.segment("liver", points=[(32, 32, 16, 1)])
-    plain, *others = found.values()
-    assert plain.mask.any()
-    for other in others:
-        assert plain.dice(other) > 0.97

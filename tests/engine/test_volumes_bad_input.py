@@ -303,3 +303,15 @@ def test_wrong_arrays(tmp_path: Path):
         Volume.from_array(np.zeros((3, 4, 5)), affine=np.eye(3))
     with pytest.raises(InputError, match="the scale is nan"):
         Volume.from_array(np.zeros((3, 4, 5)), slope=np.nan)
+
+
+def test_values_that_no_dtype_of_the_kernels_holds(tmp_path: Path):
+    voxels = np.ones((4, 5, 6), np.uint64)
+    voxels[1, 2, 3] = 2**64 - 1
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), tmp_path / "a.nrrd")
+    refused(tmp_path / "a.nrrd", "holds the value 18446744073709551615")
+    wide = np.ones((4, 5, 6), np.longdouble)
+    wide[1, 2, 3] = np.finfo(np.longdouble).max
+    if wide.dtype.itemsize > 8:
+        with pytest.raises(InputError, match="array: 1 of 120 voxels are NaN or infinite; .*"):
+            Volume.from_array(wide)

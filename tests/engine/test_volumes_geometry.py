@@ -7,11 +7,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from medvl_sam2.engine.volumes import InputError, Volume, read_mask, read_volume, write_mask
+from medvl_sam2.kernels.volume_ingest import ingest_volume
 
 LIMITS = settings(max_examples=40, deadline=None)
 
@@ -166,6 +168,28 @@ def test_bad_points_are_refused(points: list):
 def test_unknown_space_is_refused():
     with pytest.raises(InputError, match='space: expected "voxel", "ras", "lps" or "index", got \'mni\''):
         Volume.from_array(np.zeros((4, 5, 6), np.int16)).to_index([0, 0, 0], "mni")
+
+
+@pytest.mark.parametrize(
+    ("kind", "highest", "held"),
+    [
+        ("bool", 1, "uint8"),
+        ("uint32", 3000, "int32"),
+        (">u4", 2**32 - 1, "int64"),
+        ("uint64", 3000, "int32"),
+        ("longdouble", 3000, "float64"),
+    ],
+)
+def test_dtypes_that_the_kernels_do_not_read(kind: str, highest: int, held: str):
+    """Held in another dtype with the same values; the model's grid is that of the values in float64."""
+    plain = np.random.default_rng(0).integers(0, highest + 1, (6, 8, 10)).astype(np.float64)
+    plain[0, 0, 0] = highest
+    volumes = [Volume.from_array(voxels, affine=np.diag([2, 1, 3, 1])) for voxels in (plain.astype(kind), plain)]
+    assert volumes[0].voxels.dtype == held
+    np.testing.assert_array_equal(volumes[0].voxels, volumes[1].voxels)
+    one, other = (ingest_volume(v.voxels, (3, 4, 5), window=(0.0, float(highest))) for v in volumes)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert one.max() > 0
 
 
 def test_four_axes_with_one_frame_keep_their_shape(tmp_path: Path):

@@ -70,14 +70,20 @@ def test_mask_by_click_equals_the_engines(client, scan, upload, engine):
         np.testing.assert_allclose(image.affine, nib.load(scan).affine, atol=1e-5)
 
 
-def test_refining_is_asking_with_all_clicks(client, scan, upload):
+def test_refining_goes_on_from_the_mask_or_asks_with_all_clicks(client, scan, upload, engine):
     volume = upload(client, scan)["id"]
     url = f"/v1/volumes/{volume}/segment"
     first = client.post(url, json={"points": [[10, 12, 6]], "box": [2, 2, 2, 17, 21, 9]}).json()
     refined = client.post(url, json={"mask_id": first["id"], "points": [[3, 3, 6, -1]]}).json()
-    at_once = client.post(url, json={"points": [[10, 12, 6], [3, 3, 6, -1]], "box": [2, 2, 2, 17, 21, 9]}).json()
-    assert refined["rle"] == at_once["rle"]
+    session = engine.open(scan)
+    found = session.segment(points=[(10, 12, 6)], box=(2, 2, 2, 17, 21, 9))
+    own = session.refine(found, [(3, 3, 6, -1)])
+    np.testing.assert_array_equal(decoded(refined["rle"]), own.volume.to_source(own.mask))
     assert refined["rle"] != first["rle"]
+    at_once = client.post(url, json={"points": [[10, 12, 6], [3, 3, 6, -1]], "box": [2, 2, 2, 17, 21, 9]}).json()
+    engine.forget()
+    again = client.post(url, json={"mask_id": first["id"], "points": [[3, 3, 6, -1]]}).json()
+    assert again["rle"] == at_once["rle"] != refined["rle"]
     assert client.post(url, json={"mask_id": first["id"], "points": [[1, 1, 1]], "space": "ras"}).status_code == 400
     assert client.post(url, json={"mask_id": "mask_none", "points": [[1, 1, 1]]}).status_code == 404
 

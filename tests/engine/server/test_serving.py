@@ -357,3 +357,4 @@ def test_scans_expire_when_not_used(make_app, scan, upload, tmp_path):
             age(used)
             store.expire()
         assert client.get(f"/v1/volumes/{used}").status_code == 200
+        assert not store._users, "nothing is remembered of scans that nobody uses"
