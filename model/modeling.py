@@ -165,7 +165,7 @@ class MedVLSAM2(nn.Module):
         Raises:
             ValueError: No such model, or the files do not fit the config.
         """
-        directory = _model_directory(name)
+        directory = model_directory(name)
         config = MedVLConfig.load(directory)
         language = LanguageModel(config.language, config.lora, _load_base(directory / _BASE))
         if (directory / _ADAPTER).is_dir():
@@ -178,7 +178,22 @@ class MedVLSAM2(nn.Module):
             )
         model = cls(config, AutoTokenizer.from_pretrained(directory), language)
         load_strict(model, read_state(directory / _PARTS), str(directory / _PARTS), skip=_LLM_KEYS)
-        return model.to(dtype).eval() if dtype else model.eval()
+        return (cast_weights(model, dtype) if dtype else model).eval()
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Round a module's weights to a dtype; returns the module.
+
+    Its buffers stay exact, as the LLM's rotary frequencies and SAM2's Fourier matrix must: in bfloat16 the angle of the
+    thousandth token would be off by up to two radians.
+
+    Args:
+        module: Changed in place; weights that are tied stay so.
+        dtype: Floating.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def _load_base(directory: Path) -> PreTrainedModel:
@@ -192,7 +207,12 @@ def _load_base(directory: Path) -> PreTrainedModel:
     return base
 
 
-def _model_directory(name: str | Path) -> Path:
+def model_directory(name: str | Path) -> Path:
+    """Where the files of a preset with shipped weights or of a model directory lie.
+
+    Raises:
+        ValueError: No such model.
+    """
     directory = WEIGHTS / str(name) if str(name) in PRESETS else Path(name)
     if (directory / "config.json").is_file():
         try:

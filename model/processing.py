@@ -42,11 +42,6 @@ class GridTransform:
         low, step = self._scale(size)
         return (np.asarray(points, float) + 0.5 - low) / step - 0.5
 
-    def from_grid(self, points: np.ndarray, size: Size) -> np.ndarray:
-        """Inverse of `to_grid`."""
-        low, step = self._scale(size)
-        return (np.asarray(points, float) + 0.5) * step + low - 0.5
-
     def nearest_slice(self, z: float) -> int:
         """Index in the slice stack nearest to voxel plane `z`."""
         grid = self.to_grid(np.array([[0.0, 0.0, z]]), (self.slices, 1, 1))[0, 2]
@@ -84,18 +79,28 @@ class VolumeProcessor:
         box = foreground_box(scan, self.config.foreground_hu)
         return GridTransform(scan.voxels.shape, box, min(self.config.slices, box[3] - box[0]))
 
-    def encoder_grid(self, scan: ScanArray, transform: GridTransform) -> Tensor:
-        """(1, D, H, W) float32 in 0-1, trilinear."""
-        window = self._window(scan, transform)
+    def encoder_grid(self, scan: ScanArray, transform: GridTransform, device: torch.device | None = None) -> Tensor:
+        """(1, D, H, W) float32 in 0-1, trilinear; resampled on a device, by default where the voxels are."""
         grid = ingest_volume(
-            scan.voxels, self.config.size, box=transform.box, slope=scan.slope, intercept=scan.intercept, window=window
+            scan.voxels,
+            self.config.size,
+            box=transform.box,
+            slope=scan.slope,
+            intercept=scan.intercept,
+            window=self._window(scan, transform),
+            device=device,
         )
         return grid[None]
 
     def slice_images(
-        self, scan: ScanArray, transform: GridTransform, start: int = 0, stop: int | None = None
+        self,
+        scan: ScanArray,
+        transform: GridTransform,
+        start: int = 0,
+        stop: int | None = None,
+        device: torch.device | None = None,
     ) -> Tensor:
-        """SAM2 images of slices [start, stop): (n, 3, R, R) float32, normalised per channel."""
+        """SAM2 images of slices [start, stop): (n, 3, R, R) float32, normalised per channel; `device` as above."""
         stop = transform.slices if stop is None else stop
         first, step = transform.box[0], (transform.box[3] - transform.box[0]) / transform.slices
         planes = ingest_volume(
@@ -106,6 +111,7 @@ class VolumeProcessor:
             intercept=scan.intercept,
             windows=self.config.slice_windows,
             z_positions=[first + (index + 0.5) * step - 0.5 for index in range(start, stop)],
+            device=device,
         )
         return self.normalise(planes.transpose(0, 1))
 
@@ -124,12 +130,14 @@ class VolumeProcessor:
         values = scan.voxels[z0:z1, y0:y1, x0:x1]
         if self.config.normalisation == "percentile":
             # M3D-Seg: voxels above the mean are foreground; its 0.05 and 99.95 percentiles become 0 and 1.
-            values = values[values > values.mean()]
-            low, high = np.percentile(values, (0.05, 99.95))
+            foreground = values[values > values.mean()]
+            # A constant scan has none.
+            low, high = np.percentile(foreground if foreground.size else values, (0.05, 99.95))
         else:
             low, high = values.min(), values.max()
         low, high = sorted((float(low) * scan.slope + scan.intercept, float(high) * scan.slope + scan.intercept))
-        return low, max(high, low + 1e-3)
+        # Values that do not differ become 0: a step of a whole unit keeps their rounding from being blown up.
+        return low, high if high > low + 1e-3 else low + 1
 
 
 def foreground_box(scan: ScanArray, threshold_hu: float) -> Box:

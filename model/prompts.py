@@ -17,12 +17,18 @@ SEGMENT_REQUEST = "Segment the {name}."
 SEGMENT_ANSWER = "It is [SEG]."
 ABSENT_ANSWER = "There is no {name} in this scan."
 MULTIPLE_CHOICE = "{question} Choices: {choices}"
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def with_choices(question: str, choices: list[str] | tuple[str, ...]) -> str:
-    """Question text with its choices as `A. … B. …` (M3D-VQA's closed form)."""
-    lettered = " ".join(f"{_LETTERS[i]}. {choice}" for i, choice in enumerate(choices))
+    """Question text with its choices as `A. … B. …` (M3D-VQA's closed form).
+
+    Raises:
+        ValueError: More choices than letters.
+    """
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"choices: expected at most {len(LETTERS)}, one a letter, got {len(choices)}; ask of fewer")
+    lettered = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
     return MULTIPLE_CHOICE.format(question=question, choices=lettered)
 
 

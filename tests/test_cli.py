@@ -5,9 +5,11 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +145,54 @@ def test_wrong_argument(run, ct, tmp_path, option, value, word):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ask", "CT", "Which?", *["--choice=part"] * 27), ("choices: expected at most 26", "got 27")),
+        (("evaluate", "--processes", "0"), ("processes: expected 1 or more, got 0",)),
+        (("train", "--set", "seed={", "--out", "OUT"), ("set: seed={: not YAML",)),
+        (("train", "--config", "YAML", "--out", "OUT"), ("c.yaml: expected sections", "got ['a']")),
+    ],
+    ids=["choices", "processes", "set", "config"],
+)
+def test_mistakes_are_told_in_words(run, ct, tmp_path, arguments, words):
+    (tmp_path / "c.yaml").write_text("- a")
+    places = {"CT": ct, "OUT": tmp_path / "out", "YAML": tmp_path / "c.yaml"}
+    assert_input_error(run(*(places.get(argument, argument) for argument in arguments)), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_of_nothing(run, tmp_path):
+    case = tmp_path / "set" / "one"
+    case.mkdir(parents=True)
+    write_ct(case / "ct.nii.gz")
+    nib.save(nib.Nifti1Image(np.ones((24, 20, 16), np.uint8), np.diag([1.5, 1.5, 3, 1])), case / "seg.nii.gz")
+    (case / "labels.json").write_text('{"1": "liver"}')
+    assert run("data", "index", tmp_path / "set", "-o", tmp_path / "m.jsonl")[0] == 0
+    splits = [name for name in ("train", "val", "test") if not (tmp_path / f"m.{name}.txt").read_text()]
+    assert len(splits) == 2
+    for split in splits:
+        result = run("evaluate", "--data", tmp_path / "m.jsonl", "--split", split)
+        assert_input_error(result, f"split '{split}' of {tmp_path / 'm.jsonl'}", "got none")
+    for table in ('{"liver": 1}', '{"seg.nii.gz": {"liver": 1}}'):
+        (case / "labels.json").write_text(table)
+        result = run("evaluate", "--data", tmp_path / "set", "--task", "segmentation")
+        assert_input_error(result, case / "labels.json", 'as {"1": "liver"}, got {"liver": 1}')
+
+
+def test_batch_with_a_failed_scan(run, ct, small_model, tmp_path):
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    options = ("--model", small_model, "--device", "cpu", "--question", "What is seen?", "--json")
+    for done in (1, 0):
+        status, text, _ = run("batch", tmp_path, tmp_path / "out", *options)
+        document = json.loads(text.splitlines()[-1])
+        assert (status, document["done"], document["failed"]) == (1, done, 1)
+        assert [problem["path"] for problem in document["problems"]] == ["bad.nii.gz"]
+    (tmp_path / "bad.nii.gz").unlink()
+    status, text, _ = run("batch", tmp_path, tmp_path / "out", *options)
+    assert (status, json.loads(text)["problems"]) == (0, [])
+
+
 def test_nothing_to_segment(run, ct, tmp_path):
     assert_input_error(run("segment", ct, "-o", tmp_path / "out.nii.gz"), "target")
     assert_input_error(run("segment", ct, "a", "b", "--point", "1,2,3", "-o", tmp_path / "out.nii.gz"), "--point")
@@ -274,6 +324,12 @@ def test_nothing_found_writes_no_file(run, ct, tmp_path, monkeypatch):
     assert status == 0
     assert "There is no spleen in this scan." in text
     assert not (tmp_path / "o.nii.gz").exists()
+    assert text.endswith("so no file was written.\n")
+    (tmp_path / "o.nii.gz").write_bytes(b"older")
+    status, text, _ = run("segment", ct, "spleen", "-o", tmp_path / "o.nii.gz")
+    assert status == 0
+    assert text.endswith(f"no file was written; {tmp_path / 'o.nii.gz'} is from an earlier run.\n")
+    assert (tmp_path / "o.nii.gz").read_bytes() == b"older"
 
 
 def test_single_slice_works(run, tmp_path):
@@ -331,6 +387,10 @@ def test_info(run, monkeypatch):
     assert document["environment"]["MEDVL_SAM2_DISABLE"] == "mixer"
     assert "hush" not in text
     assert run("info")[0] == 0
+    # Of every package that an extra brings, those for development aside, it tells whether it is in use.
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    brought = {re.match(r"[\w.-]+", package)[0] for name in extras if name != "dev" for package in extras[name]}
+    assert brought - {"medvl-sam2"} <= {package["name"] for package in document["packages"]}
 
 
 def test_phantom_and_seeds(run, tmp_path, monkeypatch):
@@ -355,7 +415,7 @@ def test_train_config_mistakes(run, tmp_path):
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
-def test_convert_for_vllm_writes_what_plain_transformers_loads(run, tmp_path, small_model, merge):
+def test_convert_for_vllm_writes_what_plain_transformers_loads(run, tmp_path, small_model, merge, monkeypatch):
     # The tiny weights are of half precision, in which a sum is another number; the small model's are not.
     out, source = tmp_path / "out", small_model if merge else "tiny"
     arguments = ["convert", "--for", "vllm", "--model", source, "-o", out, "--json", *["--merge"] * merge]
@@ -380,6 +440,9 @@ def test_convert_for_vllm_writes_what_plain_transformers_loads(run, tmp_path, sm
         expected = model.language.logits(model.language.hidden(model.language.embed(ids)))
         torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert_input_error(run(*arguments), out)
+    # A folder with the preset's name is not the preset.
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert_input_error(run("convert", "--for", "vllm", "--model", "tiny"), "-o DIR")
 
 

@@ -4,7 +4,7 @@ from medvl_sam2.model.sam2.config import SAM2Config
 from medvl_sam2.model.sam2.memory_bank import MemoryBank, MemorySelection
 from medvl_sam2.model.sam2.modeling import NO_OBJECT, SAM2
 from medvl_sam2.model.sam2.propagation import VolumeTracker, propagate
-from medvl_sam2.model.sam2.structures import MemoryEntry, Prompts, SliceFeatures, StepOutput, upsample
+from medvl_sam2.model.sam2.structures import MemoryEntry, Prompts, SliceFeatures, StepOutput
 
 __all__ = [
     "NO_OBJECT",
@@ -18,5 +18,4 @@ __all__ = [
     "StepOutput",
     "VolumeTracker",
     "propagate",
-    "upsample",
 ]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -201,12 +200,3 @@ class StepOutput:
     all_logits: Tensor
     all_ious: Tensor
     memory: MemoryEntry | None = None
-
-    def high_res_logits(self, size: int) -> Tensor:
-        """The chosen mask brought to (B, 1, size, size), bilinearly as in facebookresearch/sam2."""
-        return upsample(self.low_res_logits, size)
-
-
-def upsample(logits: Tensor, size: int) -> Tensor:
-    """Bilinear resize of (B, C, m, m) logits to (B, C, size, size), in float32."""
-    return F.interpolate(logits.float(), size=(size, size), mode="bilinear", align_corners=False)

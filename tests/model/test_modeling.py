@@ -127,3 +127,12 @@ def test_a_broken_config_is_named(model, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
         MedVLSAM2.from_pretrained(tmp_path)
+
+
+def test_rounding_the_weights_leaves_the_buffers_exact(small_model):
+    plain, rounded = (MedVLSAM2.from_pretrained(small_model, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+    buffers = dict(plain.named_buffers())
+    assert any("inv_freq" in name for name in buffers) and any("gaussian" in name for name in buffers)
+    for name, buffer in rounded.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
