@@ -41,7 +41,7 @@ from medvl_sam2.engine.session import VolumeSession
 from medvl_sam2.engine.text import requested
 from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.language import LanguageModel
-from medvl_sam2.model.modeling import MedVLSAM2
+from medvl_sam2.model.modeling import MedVLSAM2, cast_weights
 from medvl_sam2.model.processing import ScanArray
 from medvl_sam2.model.prompts import REPORT_REQUEST, SEG, SEGMENT_ANSWER, ChatTokens
 
@@ -122,7 +122,7 @@ def build(config: MedVLConfig, *, slices: int, side: int = 512, place: Place = C
     """
     model, plain, package = random_model(config, slices)
     engine = MedVLEngine(model, device=str(place.device), dtype=place.dtype_name)
-    plain.to(place.device, place.dtype)
+    cast_weights(plain.to(place.device), place.dtype)
     if package is not None:
         package = placed(package, place)
     reference = Reference(model, plain, package, place)

@@ -30,7 +30,7 @@ from medvl_sam2.engine.language.transformers import TransformersBackend
 from medvl_sam2.model.config import LanguageConfig, LoRAConfig, ProjectorConfig
 from medvl_sam2.model.export import export_language
 from medvl_sam2.model.language import LanguageModel, LoRALinear
-from medvl_sam2.model.modeling import WEIGHTS
+from medvl_sam2.model.modeling import WEIGHTS, cast_weights
 from medvl_sam2.model.presets import preset
 from medvl_sam2.model.prompts import REPORT_REQUEST, ChatTokens
 
@@ -155,7 +155,7 @@ def make_sides(
     # Merged in float32, so that the sum is rounded once, as the engine does it.
     backend = TransformersBackend(merged, chat, "input")
     for model in (plain, merged):
-        model.to(place.device, place.dtype)
+        cast_weights(model.to(place.device), place.dtype)
     asked = chat.question(REPORT_REQUEST)
 
     def unmerged() -> Decoded:

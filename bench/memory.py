@@ -23,6 +23,7 @@ from medvl_sam2.bench.segmenter import (
 )
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder
+from medvl_sam2.model.modeling import cast_weights
 
 
 def run(
@@ -87,7 +88,7 @@ def _rise(side: str, variant: str, image_size: int, slices: int, objects: int, p
 
     if side == OURS:
         del package
-        sam2.to(place.device, place.dtype)
+        cast_weights(sam2.to(place.device), place.dtype)
         source = LazyFeatures(SliceEncoder(sam2), images, slices)
         found, rise = watched(lambda: run_ours(SliceRunner(sam2), source, asked), place.device)
     else:

@@ -32,6 +32,7 @@ from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import LazyFeatures, SliceEncoder
 from medvl_sam2.engine.volume_track import VolumeTrack
 from medvl_sam2.kernels.mask_epilogue import mask_epilogue
+from medvl_sam2.model.modeling import cast_weights
 from medvl_sam2.model.sam2 import SAM2, Prompts, SAM2Config
 
 VARIANTS = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
@@ -70,7 +71,7 @@ def run(
     rate = gemm_rate(device=place.device, dtype=place.dtype)
     package, sam2, images = plain, ours, pictures
     if place != CPU:
-        package, sam2 = placed(deepcopy(plain), place), deepcopy(ours).to(place.device, place.dtype)
+        package, sam2 = placed(deepcopy(plain), place), cast_weights(deepcopy(ours).to(place.device), place.dtype)
         images = pictures.to(place.device)
     # Compiling takes minutes, and serves all numbers of objects.
     whole = cache(partial(_whole_compiled, variant, package, place))

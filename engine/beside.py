@@ -47,7 +47,8 @@ class CudaLane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        # Of another priority than graphs are recorded on: PyTorch deals out 32 of each again and again.
+        self._device, self._stream = device, torch.cuda.Stream(device, priority=-1)
 
     def leave(self, tensors: list[Tensor]) -> torch.cuda.Event:
         """See `Lane.leave`."""

@@ -78,6 +78,8 @@ class ChainLoop:
         Args:
             chains: Of equally many objects; none reads slices that another one makes.
         """
+        if not chains:
+            return
         # The longest first, so that those still under way are always the first rows.
         chains = sorted(chains, key=lambda chain: -len(chain.order))
         plans = [lay_out(chain) for chain in chains]

@@ -84,7 +84,12 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
         yield part
         if replace and path.exists():
             path.rename(old)
-        part.rename(path)
+        try:
+            part.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
     except OSError as error:
         raise InputError(
             f"{path}: could not be written ({error.strerror or error}); free space or choose another place"

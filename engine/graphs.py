@@ -7,7 +7,8 @@ a counter on the device walks through them. The host only says "again", and copi
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from medvl_sam2.kernels.memory_attention import memory_attention_cached
 logger = logging.getLogger(__name__)
 # One object alone, and 8 with the smaller loops that take over as their chains end.
 KEPT_LOOPS = 8
+KEPT_BYTES = 4 << 30
 # What a chain reads that had ended before the loop began: something, so that no row of the attention is empty.
 _IDLE = Step(0, ((0, 0),), (), None)
 
@@ -36,13 +38,15 @@ class StepGraph:
         device: Where its tensors are.
     """
 
-    # After a recording that failed the allocator of this process still believes in it; no other one is begun.
+    # After a recording that failed no other one is begun in this process.
     is_refused = False
+    # Streams to record on, by device and by the stream that replays: each comes with a workspace of cuBLAS's own.
+    _streams: ClassVar[dict[tuple[torch.device, int], torch.cuda.Stream]] = {}
 
     def __init__(self, function: Callable[[], None], device: torch.device) -> None:
         self._function, self._device = function, device
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._is_warm = False
 
     @property
     def is_recorded(self) -> bool:
@@ -55,12 +59,13 @@ class StepGraph:
             self._graph.replay()
         elif self._device.type != "cuda" or StepGraph.is_refused:
             self._function()
-        elif self._stream is None:
-            self._stream = stream = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream(self._device))
+        elif not self._is_warm:
+            stream, usual = self._stream(), torch.cuda.current_stream(self._device)
+            stream.wait_stream(usual)
             with torch.cuda.stream(stream):
                 self._function()
-            torch.cuda.current_stream(self._device).wait_stream(stream)
+            usual.wait_stream(stream)
+            self._is_warm = True
         else:
             self._record()
             self()
@@ -69,8 +74,15 @@ class StepGraph:
         """Let go of the graph and of what the function holds; the step cannot be run afterwards."""
         self._graph, self._function = None, _closed
 
+    def _stream(self) -> torch.cuda.Stream:
+        key = (self._device, torch.cuda.current_stream(self._device).cuda_stream)
+        if key not in self._streams:
+            self._streams[key] = torch.cuda.Stream(self._device)
+        return self._streams[key]
+
     def _record(self) -> None:
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), self._stream()
+        before = torch.cuda.current_stream(self._device)
         # The device, since a recording belongs to the current one. A collection could free another graph meanwhile,
         # which CUDA forbids.
         with RECORDING, torch.cuda.device(self._device):
@@ -78,18 +90,27 @@ class StepGraph:
             gc.disable()
             try:
                 # Other threads go on launching on their own streams meanwhile.
-                with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     self._function()
                 self._graph = graph
             except RuntimeError as error:
                 # Ending a broken recording raises, too, and would leave the thread on the recording's stream.
                 torch.cuda.set_stream(before)
+                _give_up(torch.cuda.current_device(), pool)
                 reason = str(error.__context__ or error).strip().splitlines()[0]
                 logger.warning("a step cannot be recorded as a CUDA graph (%s); steps are launched anew", reason)
                 StepGraph.is_refused = True
             finally:
                 if collects:
                     gc.enable()
+
+
+def _give_up(device: int, pool: Any) -> None:
+    """Tell the allocator that a recording is over: a broken one does not, and no memory would be given back again."""
+    # Not public. Without them, and where the recording did end, the first call raises.
+    with suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 def _closed() -> None:
@@ -183,6 +204,12 @@ class StaticLoop:
         self._pointers = weight.new_zeros(*rows, dim)
         self._positions = runner.reader.pointer_positions(shape.slices)
         self.step = StepGraph(self._step, weight.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers; the graph holds about as much again as a step needs."""
+        own = (*_tensors(self._shared), self.ring.tokens, *(self.ring.kept or ()), self._logits, self._pointers)
+        return sum(x.nbytes for x in own)
 
     def start(
         self,
@@ -279,6 +306,8 @@ def static_loop(runner: SliceRunner, shape: LoopShape) -> StaticLoop:
         while len(runner.loops) >= KEPT_LOOPS:
             runner.loops.popitem(last=False)[1].step.close()
         loop = StaticLoop(runner, shape)
+        while runner.loops and loop.nbytes + sum(kept.nbytes for kept in runner.loops.values()) > KEPT_BYTES:
+            runner.loops.popitem(last=False)[1].step.close()
     runner.loops[shape] = loop
     return loop
 

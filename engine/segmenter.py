@@ -1,9 +1,10 @@
 """Masks from prompts: every slice alone, or carried by SAM2's memory away from a start slice."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from medvl_sam2.model.config import SegConfig
 from medvl_sam2.model.sam2 import NO_OBJECT, SAM2, Prompts
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,12 @@ class Segmenter:
             cancel: Ends the work with `Cancelled` before the next slice once set.
         """
         try:
-            return self._by_text(features, embeddings, cancel)
+            return self._retried(lambda: self._by_text(features, embeddings, cancel))
         except (MemoryError, RuntimeError) as error:
             half = len(embeddings) // 2
             if not half or not out_of_memory(error):
                 raise
             logger.warning("out of memory: %d objects as batches of %d", len(embeddings), half)
-        self.runner.forget()
         free_cached()
         return [found for part in embeddings.split(half) for found in self.by_text(features, part, cancel)]
 
@@ -199,11 +200,15 @@ class Segmenter:
             start = int(scores[:, 0].argmax())
             given.setdefault(start, Prompts(embeddings=embeddings))
         if self.config.use_memory or embeddings is None:
-            track = self.track(features, embeddings, cancel)
-            for index, prompt in given.items():
-                track.prompt(index, prompt)
-            track.run(start)
-            return self._followed(Followed(track, embeddings), prompts, extent)
+
+            def follow() -> VolumeTrack:
+                track = self.track(features, embeddings, cancel)
+                for index, prompt in given.items():
+                    track.prompt(index, prompt)
+                track.run(start)
+                return track
+
+            return self._followed(Followed(self._retried(follow), embeddings), prompts, extent)
         logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
         for index, prompt in given.items():
             logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt, cancel)
@@ -227,9 +232,26 @@ class Segmenter:
             extent: As in `by_prompts`.
             cancel: Ends the work with `Cancelled` before the next slice once set.
         """
-        track = followed.track.fork(cancel)
-        track.correct_all({index: prompts[index].with_embeddings(followed.embeddings) for index in clicked})
-        return self._followed(Followed(track, followed.embeddings), prompts, extent)
+
+        def correct() -> VolumeTrack:
+            track = followed.track.fork(cancel)
+            track.correct_all({index: prompts[index].with_embeddings(followed.embeddings) for index in clicked})
+            return track
+
+        return self._followed(Followed(self._retried(correct), followed.embeddings), prompts, extent)
+
+    def _retried(self, work: Callable[[], T]) -> T:
+        """Do work that leaves nothing behind when it fails; again where memory ran out and recorded loops hold some."""
+        had_loops = bool(self.runner.loops)
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not had_loops or not out_of_memory(error):
+                raise
+        logger.warning("out of memory: once more without the loops recorded before")
+        self.runner.forget()
+        free_cached()
+        return work()
 
     def _followed(
         self, followed: Followed, prompts: Mapping[int, Prompts], extent: tuple[int, int] | None

@@ -272,8 +272,9 @@ class VolumeSession:
         """Correct a mask by further clicks, on any slices.
 
         A slice with new clicks is segmented again, with its mask as a hint, and then only slices that follow from it.
-        Where the scan's work has been let go since, or the mask was made without memory or is older than the last ones
-        that are kept, the object is segmented again from all clicks, as `segment` would.
+        Where the scan's work has been let go since, the mask was made without memory, is older than the last ones that
+        are kept, joins several objects, or came with others that began on the same slice, it is segmented again from
+        all clicks, as `segment` would.
 
         Args:
             found: A mask of this scan, or its `asked`; it stays as it is.

@@ -279,10 +279,11 @@ def _make_tables(
     positions: tuple[float, ...], depth: int, start: int, stop: int, labels: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     chunks, weights, thick = _slice_table(positions, depth, start, stop)
+    # The copies are waited for: another stream may ask for the same tables next.
     return (
-        torch.tensor(chunks, dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True),
-        torch.tensor(weights, dtype=torch.float32).to(device, non_blocking=True),
-        torch.tensor(labels, dtype=torch.int32).to(device, non_blocking=True),
+        torch.tensor(chunks, dtype=torch.int32).reshape(-1, 4).to(device),
+        torch.tensor(weights, dtype=torch.float32).to(device),
+        torch.tensor(labels, dtype=torch.int32).to(device),
         thick,
     )
 

@@ -254,7 +254,8 @@ _volume_ingest = define_op("volume_ingest", volume_ingest_reference, _launch_vol
 
 
 def _make_constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    # The copy is waited for: another stream may ask for the same constant next.
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 _kept_constant = lru_cache(maxsize=64)(_make_constant)

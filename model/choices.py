@@ -9,7 +9,7 @@ _WORD = re.compile(r"\w+")
 _TERM = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 _LEAD = re.compile(r"^\s*(?:the )?(?:correct |right )?(?:answer|option|choice)(?: is)?\s*:?\s*", re.IGNORECASE)
 # The article "A" has no mark behind it.
-_LETTER = re.compile(r"\(?([A-Z])(?:[.):]+|\s*$)\s*(.*)$", re.IGNORECASE | re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Za-z])(?:[.):]+|\s*$)\s*(.*)$", re.DOTALL)
 _DENIAL = re.compile(r"\b(?:no|not|non|none|neither|nor|never|without|cannot)\b|n['\u2019]t\b")
 _CLAUSE = re.compile(r"[.,;:!?]")
 _FILLER = {"the", "a", "an", "it", "is", "on", "in", "of", "side", "phase", "at", "this", "sides"}
@@ -36,7 +36,7 @@ def chosen(answer: str, choices: Sequence[str]) -> int | None:
         return _by_words(text, choices)
     index, rest = LETTERS.index(letter[1].upper()), letter[2]
     if index >= len(choices):
-        return None
+        return None if normalised(rest) else _by_words(text, choices)
     return index if not normalised(rest) or _by_words(rest, choices) == index else None
 
 

@@ -62,8 +62,10 @@ def check_export(directory: Path, language: LanguageModel) -> None:
     Raises:
         ValueError: It was written from other weights, as after further training.
     """
-    source = directory / _SOURCE
-    written = json.loads(source.read_text())["fingerprint"] if source.is_file() else None
+    try:
+        written = json.loads((directory / _SOURCE).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        written = None
     if written != fingerprint(language):
         raise ValueError(
             f"{directory}: expected the language model with the weights of {directory.parent}, got one written from "

@@ -5,6 +5,7 @@ around. Array indices are canonical, (Z, Y, X) with x to the patient's left, y t
 are (x, y, z) at voxel centres.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,9 +83,8 @@ class VolumeProcessor:
     def encoder_grid(self, scan: ScanArray, transform: GridTransform, device: torch.device | None = None) -> Tensor:
         """(1, D, H, W) float32 in 0-1, trilinear; resampled on a device, by default where the voxels are."""
         grid = ingest_volume(
-            scan.voxels,
+            scan.voxels[_inside(transform.box)],
             self.config.size,
-            box=transform.box,
             slope=scan.slope,
             intercept=scan.intercept,
             window=self._window(scan, transform),
@@ -102,15 +102,18 @@ class VolumeProcessor:
     ) -> Tensor:
         """SAM2 images of slices [start, stop): (n, 3, R, R) float32, normalised per channel; `device` as above."""
         stop = transform.slices if stop is None else stop
-        first, step = transform.box[0], (transform.box[3] - transform.box[0]) / transform.slices
+        z0, y0, x0, z1, y1, x1 = transform.box
+        step = (z1 - z0) / transform.slices
+        positions = [z0 + (index + 0.5) * step - 0.5 for index in range(start, stop)]
+        # What the slices lie between, so that no more goes to a device.
+        low, high = math.floor(positions[0]), math.ceil(positions[-1]) + 1
         planes = ingest_volume(
-            scan.voxels,
+            scan.voxels[_inside((low, y0, x0, high, y1, x1))],
             (stop - start, self.image_size, self.image_size),
-            box=transform.box,
             slope=scan.slope,
             intercept=scan.intercept,
             windows=self.config.slice_windows,
-            z_positions=[first + (index + 0.5) * step - 0.5 for index in range(start, stop)],
+            z_positions=[position - low for position in positions],
             device=device,
         )
         return self.normalise(planes.transpose(0, 1))
@@ -138,6 +141,10 @@ class VolumeProcessor:
         low, high = sorted((float(low) * scan.slope + scan.intercept, float(high) * scan.slope + scan.intercept))
         # Values that do not differ become 0: a step of a whole unit keeps their rounding from being blown up.
         return low, high if high > low + 1e-3 else low + 1
+
+
+def _inside(box: Box) -> tuple[slice, slice, slice]:
+    return tuple(slice(start, stop) for start, stop in zip(box[:3], box[3:]))
 
 
 def foreground_box(scan: ScanArray, threshold_hu: float) -> Box:

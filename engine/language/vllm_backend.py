@@ -25,6 +25,8 @@ from medvl_sam2.model.export import ADAPTER, BASE
 from medvl_sam2.model.prompts import ChatTokens
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Bytes for keys, values and activations where the weights alone fill half of a card.
+_ROOM = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,12 @@ class VLLMBackend(LanguageBackend):
             self._engine.abort_request([request.key])
 
 
+def _share(directory: Path, total: int) -> float:
+    """Part of a GPU's memory for vLLM; the ViT, SAM2 and its features have the rest."""
+    weights = sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+    return min(0.9, max(0.5, (1.2 * weights + _ROOM) / total))
+
+
 def _build(directory: Path, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any, Any, int]:
     """vLLM's engine, the adapter's request, and the width of the model."""
     # Read when vLLM is imported: rows can only be handed over within one process.
@@ -319,8 +327,7 @@ def _build(directory: Path, device: torch.device, dtype: torch.dtype, options: d
         # The default of 128 tokens would leave much of a scan's prefix out of the cache.
         settings["block_size"] = 32
     else:
-        # vLLM takes this share of the card for itself; the ViT, SAM2 and its features have the rest.
-        settings["gpu_memory_utilization"] = 0.5
+        settings["gpu_memory_utilization"] = _share(directory, torch.cuda.get_device_properties(device).total_memory)
     engine = LLMEngine.from_engine_args(EngineArgs(**settings | options))
     request = LoRARequest("medvl-sam2", 1, str(adapter)) if lora else None
     return engine, request, config.hidden_size

@@ -46,6 +46,8 @@ def test_a_step_is_run_then_recorded_then_replayed(
     log: list[str] = []
 
     class Stream:
+        cuda_stream = 7
+
         def wait_stream(self, other: Any) -> None:
             log.append("wait")
 
@@ -54,7 +56,7 @@ def test_a_step_is_run_then_recorded_then_replayed(
             log.append("replay")
 
     @contextmanager
-    def record(graph: Any, stream: Any, capture_error_mode: str) -> Any:
+    def record(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
         log.append(f"record {capture_error_mode}")
         assert RECORDING.locked() and not gc.isenabled()
         try:
@@ -73,13 +75,20 @@ def test_a_step_is_run_then_recorded_then_replayed(
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: log.append("usual" if stream is usual else "other"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("endAllocateToPool", "releasePool"):
+        call = f"_cuda_{name}"
+        monkeypatch.setattr(torch._C, call, lambda device, pool, name=name: log.append(f"{name} {pool}"), raising=False)
+    monkeypatch.setattr(StepGraph, "_streams", {})
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(StepGraph, "is_refused", False)
     step = StepGraph(lambda: log.append("run"), torch.device("cuda"))
     for _ in range(4):
         step()
     assert log[:5] == ["wait", "run", "wait", "record thread_local", "run"]
-    assert log[5:] == (["usual"] + ["run"] * 3 if fails else ["replay"] * 3)
+    over = ["usual", "endAllocateToPool pool", "releasePool pool"]
+    assert log[5:] == (over + ["run"] * 3 if fails else ["replay"] * 3)
     assert step.is_recorded == (not fails)
     assert gc.isenabled() and not RECORDING.locked()
     assert [record.message for record in caplog.records] == fails * [

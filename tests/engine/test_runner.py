@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 from itertools import groupby, islice
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +164,38 @@ def test_objects_and_slices_that_do_not_fit_come_in_smaller_batches(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("by", ["text", "click"])
+def test_recorded_loops_make_room_before_a_request_fails(
+    sam2: SAM2, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    features, asked = make_features(slices=6), embeddings(1)
+    segmenter = Segmenter(sam2, SegConfig())
+
+    def find() -> Tensor:
+        if by == "text":
+            return segmenter.by_text(features, asked)[0].logits
+        return segmenter.by_prompts(features, {2: points(1)}, 2, None).logits
+
+    want, step = find(), SliceRunner.step
+
+    def crowded(self: SliceRunner, *args: Any) -> Any:
+        if self.loops:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args)
+
+    closed: list[str] = []
+    held = SimpleNamespace(step=SimpleNamespace(close=lambda: closed.append("closed")))
+    monkeypatch.setattr(SliceRunner, "step", crowded)
+    segmenter.runner.loops["one"] = held
+    torch.testing.assert_close(find(), want)
+    assert closed == ["closed"] and "once more without the loops" in caplog.text
+    # Without any to let go of there is nothing more to try.
+    monkeypatch.setattr(SliceRunner, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        find()
+
+
+@torch.inference_mode()
 def test_batch_equals_single() -> None:
     """In float64, where the order in which a machine sums products of another shape does not show."""
     runner = SliceRunner(randomise(SAM2(CONFIG)).double())
@@ -270,6 +303,20 @@ def test_corrections_of_several_slices_are_carried_on_once(sam2: SAM2, runner: S
     assert_equal((renewed.logits[5:], renewed.scores[5:]), (logits[5:], scores[5:]))
     assert torch.equal(track.logits, first), "the track that was forked stays as it is"
     assert track.correct(2, points(1, 4.0)) == [0, 1, 2]
+
+
+@torch.inference_mode()
+def test_independent_chains_with_nowhere_to_go(runner: SliceRunner, features: SliceFeatures) -> None:
+    track = VolumeTrack(runner, features[:6], mode="independent")
+    track.prompt(2, points(1))
+    track.run(2)
+    before = track.logits.clone()
+    assert track.correct(5, points(1, 5.0)) == [5]
+    assert torch.equal(track.logits[:5], before[:5]) and not torch.equal(track.logits[5], before[5])
+    alone = VolumeTrack(runner, features[:1], mode="independent")
+    alone.prompt(0, points(1))
+    alone.run(0)
+    assert alone.logits.shape[0] == 1
 
 
 @torch.inference_mode()

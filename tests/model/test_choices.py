@@ -49,6 +49,10 @@ PARTS = ("chest", "chest and abdomen", "abdomen")
         ("It isn't on the left.", SIDES, None),
         ("a non-contrast scan", ("contrast", "plain"), None),
         ("", SIDES, None),
+        # Letters that are choices themselves.
+        ("C", ("C", "N"), 0),
+        ("R.", ("L", "R"), 1),
+        ("\u212a", ("one", "two"), None),
         ("Left, without a shift of the midline.", SIDES, 1),
         ("No nodule: it is on the right", SIDES, 0),
         ("left", ("left", "Left."), None),
