@@ -71,7 +71,7 @@ class Setting:
     engine: MedVLEngine
     reference: Reference
     volume: Volume
-    willing: Callable[[], Iterator[None]]
+    willing: Callable[..., Iterator[None]]
     exact: "Setting | None" = None
 
     @property
@@ -175,10 +175,11 @@ def _willing(setting: Setting) -> Callable[[], Iterator[None]]:
     wanted = torch.full((len(NAMES), 1), _LIKING, dtype=torch.float64)
     least = 1e-3 if setting.place.dtype == torch.float32 else 0.1
     row = torch.linalg.lstsq(torch.stack(states).double().cpu(), wanted, rcond=least, driver="gelsd").solution
-    weight, first = plain.causal.get_output_embeddings().weight, chat.answer(SEGMENT_ANSWER)[0]
+    first = chat.answer(SEGMENT_ANSWER)[0]
 
     @contextmanager
-    def willing() -> Iterator[None]:
+    def willing(language: LanguageModel = plain) -> Iterator[None]:
+        weight = language.causal.get_output_embeddings().weight
         with torch.no_grad():
             before = weight[first].clone()
             weight[first] = row[:, 0].to(weight)
@@ -215,11 +216,13 @@ def masks(setting: Setting, count: int, rates: tuple[float, float], rounds: int)
         COLD: cold,
         WARM: lambda: segmented(known, names),
     }
-    place = setting.place
+    place, first = setting.place, {}
     with setting.willing():
-        # Makes the scan a known one, which is not what its requests are measured for.
-        segmented(known, names)
-        first = {side: watched(request, place.device) for side, request in sides.items()}
+        for side, request in sides.items():
+            if side == WARM:
+                # Makes the scan a known one, which is not what its requests are measured for.
+                segmented(known, names)
+            first[side] = watched(request, place.device)
         times.clear()
         spent = dict(zip(sides, in_turns(list(sides.values()), rounds, place.device)))
         floors = stage_floors(setting, names, rates)
@@ -227,7 +230,10 @@ def masks(setting: Setting, count: int, rates: tuple[float, float], rounds: int)
     if setting.exact is None:
         checks = checked(found, distance)
     else:
-        checks = checked(found, rounded, setting.exact.reference.segment(volume, names))
+        judge = setting.exact.reference
+        # With the same row, which is an input as well where embeddings are tied.
+        with setting.willing(judge.language):
+            checks = checked(found, rounded, judge.segment(volume, names))
     config = engine.config
     work = f"{config.name}: {config.volume.slices} slices @{config.sam2.image_size}, masks"
     shown = f"{rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s"

@@ -30,7 +30,7 @@ def append_csv(rows: Sequence[Row], path: Path | str, columns: Sequence[str] = (
     wanted = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     known, kept = _read(path)
     header = [*known, *(column for column in wanted if column not in known)]
-    if header == known:
+    if header == known and path.read_bytes().endswith(b"\n"):
         with path.open("a", newline="") as file:
             _write(file, header, rows)
         return path
@@ -50,7 +50,8 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
         reader = csv.DictReader(file)
         rows = list(reader)
     known = list(reader.fieldnames or ())
-    if len(set(known)) < len(known) or any(None in row for row in rows):
+    short = any(None in row.values() for row in rows)
+    if short or len(set(known)) < len(known) or any(None in row for row in rows):
         raise ValueError(f"{path}: expected a table whose rows have its header's columns; move it away")
     return known, rows
 

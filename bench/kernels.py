@@ -264,7 +264,8 @@ def environment(device: torch.device | str) -> Row:
         "version": _version("medvl-sam2") or "checkout",
         "commit": commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{name: _version(name) for name in PACKAGES},
+        # vLLM's CPU build has a name of its own.
+        **{name: _version(name) or _version(f"{name}-cpu") for name in PACKAGES},
     }
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from medvl_sam2.bench.kernels import Row
 from medvl_sam2.bench.place import CPU, Place
 from medvl_sam2.bench.rows import Check, judged
 from medvl_sam2.bench.timing import copy_rate, synchronise
+from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.engine.language.base import LanguageBackend
 from medvl_sam2.engine.language.transformers import TransformersBackend
 from medvl_sam2.model.config import LanguageConfig, LoRAConfig, ProjectorConfig
@@ -197,6 +199,11 @@ def _by_vllm(
     Raises:
         InputError: vLLM is not installed, or cannot run this model.
     """
+    # Before the weights are written for it.
+    if find_spec("vllm") is None:
+        raise InputError("vllm: expected it installed, got none; pip install 'medvl-sam2[vllm]'")
+    if place.device.index:
+        raise InputError(f"device: expected the first one, which vLLM takes, got {place.device}; hide the others")
     from medvl_sam2.engine.language.vllm_backend import VLLMBackend
 
     length = len(chat.prefix()) + len(chat.question(REPORT_REQUEST)) + tokens + 1

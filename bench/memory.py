@@ -53,6 +53,8 @@ def run(
     Raises:
         ValueError: No sam2 package, or a CPU under another system than Linux, which tells no peak.
     """
+    if watched(lambda: None, place.device)[1] is None:
+        raise ValueError("memory: expected Linux or a CUDA device, whose peaks are known; run it there")
     rows = []
     for count in slices:
         measured = {side: _measured(side, variant, image_size, count, objects, place) for side in (PACKAGE, OURS)}
@@ -72,13 +74,17 @@ def run(
     return rows
 
 
-def _measured(*given: object) -> tuple[int, np.ndarray]:
+def _measured(*given: object) -> tuple[int | None, np.ndarray]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_rise, given)
 
 
-def _rise(side: str, variant: str, image_size: int, slices: int, objects: int, place: Place) -> tuple[int, np.ndarray]:
-    """Bytes by which memory rises for one side, and its logits (S, B, m, m)."""
+def _rise(
+    side: str, variant: str, image_size: int, slices: int, objects: int, place: Place
+) -> tuple[int | None, np.ndarray]:
+    """Bytes by which memory rises for one side, where that is known, and its logits (S, B, m, m)."""
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
     package, sam2 = models(variant, image_size)
     asked = clicks(objects, image_size).to(place.device)
     voxels = (made_up_images(slices, image_size)[:, 0] * 1000).to(torch.int16)
@@ -99,8 +105,6 @@ def _rise(side: str, variant: str, image_size: int, slices: int, objects: int, p
                 return run_package(package, images(0, slices).contiguous().to(place.device), asked)
 
         found, rise = watched(theirs, place.device)
-    if rise is None:
-        raise ValueError("memory: expected Linux or a CUDA device, whose peaks are known; run it there")
     return rise, found.float().cpu().numpy()
 
 

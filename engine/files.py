@@ -74,7 +74,8 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
     Raises:
         InputError: Something is there already, or the place cannot be written.
     """
-    path = Path(path)
+    # A link stays one; what it leads to is replaced.
+    path = Path(os.path.realpath(path))
     if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
         raise InputError(f"{path}: is there already; choose another name or remove it")
     part = path.with_name(f".{uuid.uuid4().hex[:12]}")
@@ -84,17 +85,14 @@ def new_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Pa
         yield part
         if replace and path.exists():
             path.rename(old)
-        try:
-            part.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        part.rename(path)
     except OSError as error:
         raise InputError(
             f"{path}: could not be written ({error.strerror or error}); free space or choose another place"
         ) from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         for stale in (part, old):
             shutil.rmtree(stale, ignore_errors=True)
 

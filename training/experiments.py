@@ -5,7 +5,6 @@ is finished is kept, so an experiment that was killed goes on where it stopped, 
 """
 
 import copy
-import fcntl
 import json
 import multiprocessing
 import os
@@ -22,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 from medvl_sam2.engine.files import write_text
-from medvl_sam2.engine.geometry import InputError
 from medvl_sam2.training import evaluate, train
 from medvl_sam2.training.arms import AFTER_STAGE2, base_model, fingerprint, render_phantoms, run_log, train_arm
 from medvl_sam2.training.config import TrainConfig
 from medvl_sam2.training.phantom import EVALUATION_SEED_START
+from medvl_sam2.training.prepared import alone
 from medvl_sam2.training.summary import summarise_prompts
 
 PROJECTORS = ("mixer", "grouped_linear", "pooled")
@@ -127,7 +126,7 @@ def run(
     }
     arms: dict[str, list[Row]] = result["arms"]
     trained = EXPERIMENTS[name]
-    with _alone(lab.out), _several(lab, training=model is None) as work:
+    with alone(lab.out, wait=False), _several(lab, training=model is None) as work:
         jobs = [(arm, place) for place in range(len(lab.seeds)) for arm in trained]
         found = work(partial(_rows, name, replace(lab, processes=1), model), *zip(*jobs))
         # Seed by seed, so that an experiment that is stopped early has compared all arms alike.
@@ -197,17 +196,6 @@ def _described(base: str | Path | None) -> dict[str, Any]:
     """What the page tells of the beginning."""
     parts = base is None or (Path(base) / "checkpoints").is_dir()
     return {"name": None if base is None else str(base), "before_stages": parts}
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w") as file:
-        try:
-            # Of this process alone: workers that outlive a kill for a moment do not hold it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder}: another experiment is running there; wait for it") from error
-        yield
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Folders that runs come back to: what each was made for, and the processes that fill one."""
 
+import fcntl
 import json
 import multiprocessing
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,11 @@ def claim(path: Path, made: dict[str, Any], free: Collection[str] = ()) -> None:
     if not path.is_file():
         write_text(path, json.dumps(made, indent=1))
         return
-    ours, theirs = _flat(json.loads(json.dumps(made))), _flat(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove the folder, or give another one") from error
+    ours = _flat(json.loads(json.dumps(made)))
     for key in sorted({*ours, *theirs}.difference(free)):
         if ours.get(key) != theirs.get(key):
             raise InputError(
@@ -43,6 +49,26 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+@contextmanager
+def alone(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a folder for this process.
+
+    Args:
+        folder: That is there.
+        wait: For another process that holds it.
+
+    Raises:
+        InputError: Another process holds it, and is not waited for.
+    """
+    with open(folder / "lock", "w") as file:
+        try:
+            # Of this process alone: workers that outlive a kill for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise InputError(f"{folder}: another run is at work there; wait for it") from error
+        yield
 
 
 def spread(work: Callable[[int], Any], items: Sequence[int], processes: int) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from medvl_sam2.model.config import MedVLConfig
 from medvl_sam2.model.processing import ScanArray, foreground_box
 from medvl_sam2.training.config import DataConfig
 from medvl_sam2.training.phantom import FINDINGS, Phantom, check_training_seed, make_phantom
-from medvl_sam2.training.prepared import SETTINGS, claim, spread
+from medvl_sam2.training.prepared import SETTINGS, alone, claim, spread
 
 SHARD = 50
 # Raised when phantoms of an older version would no longer be rendered alike.
@@ -78,15 +78,29 @@ class PhantomStore:
         Raises:
             InputError: The folder holds phantoms that were rendered with other settings.
         """
+        if (self.directory / SETTINGS).is_file():
+            claim(self.directory / SETTINGS, self._made())
+            if not self._missing():
+                # A complete folder need not be writable.
+                return
         make_folder(self.directory)
-        if not (self.directory / SETTINGS).is_file():
-            self._check_sizes()
-        claim(self.directory / SETTINGS, self._made())
-        missing = [n for n in range(-(-len(self) // SHARD)) if _count(self._facts_path(n)) < self._wanted(n)]
-        if missing:
-            done = spread(self._render_shard, missing, self.data.workers)
-            for _ in tqdm(done, total=len(missing), desc="phantoms", disable=None):
-                pass
+        with alone(self.directory, wait=True):
+            if not (self.directory / SETTINGS).is_file():
+                self._check_sizes()
+                claim(self.directory / SETTINGS, self._made())
+            if missing := self._missing():
+                done = spread(self._render_shard, missing, self.data.workers)
+                for _ in tqdm(done, total=len(missing), desc="phantoms", disable=None):
+                    pass
+
+    def _missing(self) -> list[int]:
+        return [n for n in range(-(-len(self) // SHARD)) if self._held(n) < self._wanted(n)]
+
+    def _held(self, shard: int) -> int:
+        """Phantoms of a shard: as many as both of its files have."""
+        data = self._data_path(shard)
+        records = data.stat().st_size // self.record.itemsize if data.is_file() else 0
+        return min(records, _count(self._facts_path(shard)))
 
     def _made(self) -> dict[str, Any]:
         # Neither the seeds nor their number: a shard is named by its first seed, and tells how many it holds.

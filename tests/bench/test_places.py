@@ -78,7 +78,8 @@ def test_the_encoder_in_bfloat16_is_held_to_float32():
     assert naive["error"] > 1e-4 and ours["ratio"]
 
 
-def test_tokens_in_bfloat16_are_ones_that_float32_might_say():
+def test_tokens_in_bfloat16_are_ones_that_float32_might_say(monkeypatch):
+    monkeypatch.setattr(language, "find_spec", lambda name: None)
     options = {"visual_tokens": 8, "tokens": 4, "rounds": 1}
     found = language.run(config=requests.shape(), lora=LoRAConfig(rank=4, alpha=8), place=HALF, **options)
     assert len(found) == 6 and all(row["correct"] and row["ratio"] and row["dtype"] == "bfloat16" for row in found)

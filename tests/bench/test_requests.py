@@ -69,7 +69,8 @@ def test_ingest_and_encoder_agree_with_their_plain_forms():
     assert found[0]["floor_seconds"] == pytest.approx(flops / 4e9)
 
 
-def test_all_sides_decode_the_same_tokens():
+def test_all_sides_decode_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(language, "find_spec", lambda name: None)
     found = language.run(config=shape(), lora=LoRAConfig(rank=4, alpha=8), visual_tokens=8, tokens=4, rounds=1)
     assert [row["provider"] for row in found] == 2 * [language.UNMERGED, language.MERGED, language.OURS]
     assert all(row["correct"] and row["ratio"] for row in found)

@@ -130,6 +130,16 @@ def test_a_csv_file_that_is_no_table_is_left_alone(tmp_path):
     assert path.read_text() == "work\na,b\n"
 
 
+def test_a_csv_file_whose_last_line_was_cut_off(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("work,seconds\r\na,1\r\nb,2")
+    files.append_csv([{"work": "c", "seconds": 3}], path)
+    assert list(csv.reader(path.read_text().splitlines()))[1:] == [["a", "1"], ["b", "2"], ["c", "3"]]
+    path.write_text("work,seconds\r\na,1\r\nb")
+    with pytest.raises(ValueError, match="move it away"):
+        files.append_csv([{"work": "c", "seconds": 3}], path)
+
+
 @pytest.mark.parametrize("name", ["segmenter", "memory", "e2e_stages", "e2e_scaling", "e2e_fits"])
 def test_the_tables_of_the_repository_can_be_appended_to(name, tmp_path):
     old = files.RESULTS / f"{name}.csv"
@@ -137,9 +147,11 @@ def test_the_tables_of_the_repository_can_be_appended_to(name, tmp_path):
         pytest.skip("no table there")
     path = tmp_path / old.name
     path.write_bytes(old.read_bytes())
+    with path.open(newline="") as before:
+        kept = list(csv.DictReader(before))
     files.append_csv(rows.judged("work", SPENT, RIGHT), path)
-    with old.open(newline="") as before, path.open(newline="") as after:
-        kept, found = list(csv.DictReader(before)), list(csv.DictReader(after))
+    with path.open(newline="") as after:
+        found = list(csv.DictReader(after))
     assert len(found) == len(kept) + 2 and found[-1]["torch"] == torch.__version__
     assert all(new[key] == value for one, new in zip(kept, found) for key, value in one.items())
 

@@ -29,3 +29,12 @@ def test_a_replacement_that_fails_at_the_last_step_leaves_the_old_folder(tmp_pat
     with new_folder(path, replace=True) as part:
         (part / "weights").write_text("new")
     assert [one.name for one in tmp_path.iterdir()] == ["model"] and (path / "weights").read_text() == "new"
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    with new_folder(tmp_path / "model", replace=True) as part:
+        (part / "weights").write_text("new")
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "disk" / "weights").read_text() == "new"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["disk", "model"]

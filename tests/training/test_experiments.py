@@ -143,7 +143,7 @@ def test_two_experiments_in_one_folder_are_refused(calls, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        with pytest.raises(InputError, match="another experiment is running"):
+        with pytest.raises(InputError, match="another run is at work"):
             run("projector", lab)
     finally:
         other.kill()

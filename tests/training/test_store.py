@@ -102,3 +102,27 @@ def test_a_folder_from_before_settings_is_taken_where_its_sizes_fit(rendered, tm
 def test_workers_keep_to_a_thread_each(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert list(spread(eval, ["__import__('torch').get_num_threads()"] * 2, 2)) == [1, 1]
+
+
+def test_a_shard_holds_what_both_of_its_files_have(rendered, tmp_path):
+    """As a shorter run leaves it whose records take the place of a longer one's."""
+    store = prepared(tmp_path, phantoms=3)
+    data = store._data_path(0)
+    data.write_bytes(data.read_bytes()[: store.record.itemsize])
+    rendered.clear()
+    again = prepared(tmp_path, phantoms=3)
+    assert len(rendered) == 3 and int(again[2].facts["seed"]) == DATA.first_seed + 2
+    assert data.stat().st_size == 3 * store.record.itemsize
+
+
+def test_a_complete_folder_need_not_be_writable(rendered, tmp_path, monkeypatch):
+    prepared(tmp_path)
+    monkeypatch.setattr(module, "make_folder", lambda path: pytest.fail("asked whether it can be written"))
+    prepared(tmp_path)
+
+
+def test_a_damaged_note_of_settings_is_told(rendered, tmp_path):
+    prepared(tmp_path)
+    (tmp_path / SETTINGS).write_text("")
+    with pytest.raises(InputError, match=r"settings\.json: damaged .*; remove the folder"):
+        prepared(tmp_path)
