@@ -62,6 +62,12 @@ def points(objects: int, shift: float = 0.0) -> Prompts:
     return Prompts(torch.stack((places + shift, 110 - places), -1)[:, None], torch.ones(objects, 1, dtype=torch.int32))
 
 
+def exact_points(objects: int, shift: float = 0.0) -> Prompts:
+    """The same for a model in float64, in which chains of corrections do not blow rounding up to what can be seen."""
+    plain = points(objects, shift)
+    return Prompts(plain.points.double(), plain.labels)
+
+
 def embeddings(objects: int) -> Tensor:
     return torch.randn(objects, 1, CONFIG.d_model, generator=torch.Generator().manual_seed(3))
 

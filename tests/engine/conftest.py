@@ -26,6 +26,11 @@ def runner(sam2: SAM2) -> SliceRunner:
 
 
 @pytest.fixture(scope="module")
+def exact_sam2() -> SAM2:
+    return randomise(SAM2(CONFIG)).double()
+
+
+@pytest.fixture(scope="module")
 def features() -> SliceFeatures:
     return make_features()
 

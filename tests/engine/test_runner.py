@@ -18,6 +18,7 @@ from _slices import (
     assert_equal,
     assert_telling,
     embeddings,
+    exact_points,
     make_features,
     points,
     randomise,
@@ -243,13 +244,14 @@ def test_a_correction_renews_what_follows_from_it(sam2: SAM2, runner: SliceRunne
 
 @torch.inference_mode()
 @pytest.mark.parametrize("clicked", [(9, 7), (7, 9), (2, 3), (3, 8), (5, 8)], ids=str)
-def test_a_second_correction_keeps_the_first(sam2: SAM2, runner: SliceRunner, clicked: tuple[int, int]) -> None:
+def test_a_second_correction_keeps_the_first(exact_sam2: SAM2, clicked: tuple[int, int]) -> None:
     """The plain tracker, led past the corrected slices by hand, which it would else track over."""
-    features, start, done = make_features(slices=16), 5, set()
-    asked = dict(zip(clicked, (points(2, 12.0), points(2, -9.0))))
-    track, tracker = VolumeTrack(runner, features, **OURS), VolumeTracker(sam2, features, memory_dtype=None)
-    track.prompt(start, points(2))
-    tracker.prompt(start, points(2))
+    runner, features = SliceRunner(exact_sam2), make_features(slices=16).to(torch.float64)
+    start, done = 5, set()
+    asked = dict(zip(clicked, (exact_points(2, 12.0), exact_points(2, -9.0))))
+    track, tracker = VolumeTrack(runner, features, **OURS), VolumeTracker(exact_sam2, features, memory_dtype=None)
+    track.prompt(start, exact_points(2))
+    tracker.prompt(start, exact_points(2))
     track.run(start)
     for reverse in (False, True):
         list(tracker.run(start, reverse=reverse))
@@ -265,12 +267,12 @@ def test_a_second_correction_keeps_the_first(sam2: SAM2, runner: SliceRunner, cl
                     list(islice(tracker.run(part[0], reverse=reverse), len(part)))
         before = track.logits.clone()
         renewed = track.correct(index, clicks)
-        assert_equal((track.logits, track.scores), tracker.stack())
+        assert_equal((track.logits, track.scores), tracker.stack(), tolerance=1e-9)
         assert renewed == sorted({index, *ahead, *behind} - (done - {index}))
         untouched = [t for t in range(16) if t not in renewed]
         assert torch.equal(track.logits[untouched], before[untouched])
     other = VolumeTrack(runner, features, **OURS)
-    other.prompt(start, points(2))
+    other.prompt(start, exact_points(2))
     other.run(start)
     other.correct(clicked[1], asked[clicked[1]])
     assert not torch.allclose(track.logits[clicked[0]], other.logits[clicked[0]], atol=0.1), "the first one is lost"
@@ -282,15 +284,16 @@ def test_a_second_correction_keeps_the_first(sam2: SAM2, runner: SliceRunner, cl
 
 @torch.inference_mode()
 @pytest.mark.parametrize("mode", ["reference", "independent"])
-def test_corrections_of_several_slices_are_carried_on_once(sam2: SAM2, runner: SliceRunner, mode: str) -> None:
-    features, asked = make_features(slices=16), {12: points(1, 12.0), 9: points(1, -9.0)}
+def test_corrections_of_several_slices_are_carried_on_once(exact_sam2: SAM2, mode: str) -> None:
+    runner, features = SliceRunner(exact_sam2), make_features(slices=16).to(torch.float64)
+    asked = {12: exact_points(1, 12.0), 9: exact_points(1, -9.0)}
     track = VolumeTrack(runner, features, mode=mode, **OURS)
-    track.prompt(5, points(1))
+    track.prompt(5, exact_points(1))
     track.run(5)
     first, renewed = track.logits.clone(), track.fork()
     assert renewed.correct_all(asked)[-7:] == list(range(9, 16))
-    tracker = VolumeTracker(sam2, features, memory_dtype=None)
-    tracker.prompt(5, points(1))
+    tracker = VolumeTracker(exact_sam2, features, memory_dtype=None)
+    tracker.prompt(5, exact_points(1))
     for reverse in (False, True)[: 1 + (mode == "reference")]:
         list(tracker.run(5, reverse=reverse))
     for t in (9, 12):
@@ -300,9 +303,9 @@ def test_corrections_of_several_slices_are_carried_on_once(sam2: SAM2, runner: S
     list(islice(tracker.run(10), 2))
     list(tracker.run(13))
     logits, scores = tracker.stack()
-    assert_equal((renewed.logits[5:], renewed.scores[5:]), (logits[5:], scores[5:]))
+    assert_equal((renewed.logits[5:], renewed.scores[5:]), (logits[5:], scores[5:]), tolerance=1e-9)
     assert torch.equal(track.logits, first), "the track that was forked stays as it is"
-    assert track.correct(2, points(1, 4.0)) == [0, 1, 2]
+    assert track.correct(2, exact_points(1, 4.0)) == [0, 1, 2]
 
 
 @torch.inference_mode()
