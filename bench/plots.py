@@ -1,6 +1,6 @@
 """Charts of the benchmarks as PNG: where the time of a request goes, and how it grows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,7 @@ def compared(rows: Sequence[Row], path: Path) -> Path:
     for row in rows:
         objects = f", {_objects(row['objects'])}" if row["objects"] else ""
         works.setdefault(row["work"] + objects, []).append(row)
-    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in works.values()])
-    for axis, (work, sides) in zip(axes, works.items()):
-        ratios = [f" {row['ratio']:.2f}x" if row["ratio"] else " wrong" for row in sides]
-        _bars(axis, [row["provider"] for row in sides], [row["seconds"] for row in sides], ratios)
-        for place, row in enumerate(sides):
-            if row["floor_seconds"]:
-                axis.plot([row["floor_seconds"]] * 2, [place - 0.4, place + 0.4], color=_FLOOR)
-        axis.set(xlabel="seconds (line: floor)")
-        axis.set_title(work, fontsize=9)
-    return _save(figure, path)
+    return _raced(works, path, "seconds", "seconds (line: floor)", "ratio", "x", "floor_seconds")
 
 
 def memory(rows: Sequence[Row], path: Path) -> Path:
@@ -70,13 +61,7 @@ def memory(rows: Sequence[Row], path: Path) -> Path:
     sizes: dict[str, list[Row]] = {}
     for row in rows:
         sizes.setdefault(f"{row['work']}, {row['slices']} slices, {_objects(row['objects'])}", []).append(row)
-    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in sizes.values()])
-    for axis, (size, sides) in zip(axes, sizes.items()):
-        shares = [f" {row['share']:.2f}" if row["share"] is not None else " wrong" for row in sides]
-        _bars(axis, [row["provider"] for row in sides], [row["peak_mb"] for row in sides], shares)
-        axis.set(xlabel="MB (number: share of the first)")
-        axis.set_title(size, fontsize=9)
-    return _save(figure, path)
+    return _raced(sizes, path, "peak_mb", "MB (number: share of the first)", "share")
 
 
 def operations(rows: Sequence[Row], path: Path) -> Path:
@@ -90,16 +75,7 @@ def operations(rows: Sequence[Row], path: Path) -> Path:
     for row in rows:
         title = f"{row['operation']}: {row['shape']}, {row['mode']}, {row['dtype']}"
         cases.setdefault(title, []).append(row)
-    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in cases.values()])
-    for axis, (title, sides) in zip(axes, cases.items()):
-        ratios = [f" {row['ratio_to_eager']:.2f}x" if row["ratio_to_eager"] else " wrong" for row in sides]
-        _bars(axis, [row["provider"] for row in sides], [row["p50_ms"] for row in sides], ratios)
-        for place, row in enumerate(sides):
-            if row.get("floor_ms"):
-                axis.plot([row["floor_ms"]] * 2, [place - 0.4, place + 0.4], color=_FLOOR)
-        axis.set(xlabel="ms (line: floor)")
-        axis.set_title(title, fontsize=9)
-    return _save(figure, path)
+    return _raced(cases, path, "p50_ms", "ms (line: floor)", "ratio_to_eager", "x", "floor_ms")
 
 
 def scaling(points: Sequence[Row], fits: Sequence[Row], path: Path) -> Path:
@@ -128,14 +104,37 @@ def _objects(count: int) -> str:
     return f"{count} object{'s' if count > 1 else ''}"
 
 
-def _bars(axis: Any, names: Sequence[str], values: Sequence[float], notes: Sequence[str]) -> None:
-    """A bar of each side with a note behind it; the first is the baseline."""
-    for place, (value, note) in enumerate(zip(values, notes)):
-        axis.barh(place, value, color=_TIME if place else _BASE)
-        axis.text(value, place, note, va="center", fontsize=8)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.15 * max(values))
+def _raced(
+    groups: Mapping[str, Sequence[Row]],
+    path: Path,
+    value: str,
+    label: str,
+    note: str,
+    unit: str = "",
+    floor: str | None = None,
+) -> Path:
+    """A bar of each side of each group, the baseline first, with a number behind it and the floor as a line.
+
+    Args:
+        groups: Rows by title.
+        path: Of the PNG.
+        value, note, floor: Columns of the bar, of the number and of the floor.
+        label: Of the axis.
+        unit: Behind the number.
+    """
+    figure, axes = _figure(8, [0.8 + 0.3 * len(sides) for sides in groups.values()])
+    for axis, (title, sides) in zip(axes, groups.items()):
+        for place, row in enumerate(sides):
+            axis.barh(place, row[value], color=_TIME if place else _BASE)
+            told = " wrong" if row[note] is None else f" {row[note]:.2f}{unit}"
+            axis.text(row[value], place, told, va="center", fontsize=8)
+            if floor and row.get(floor):
+                axis.plot([row[floor]] * 2, [place - 0.4, place + 0.4], color=_FLOOR)
+        axis.set_yticks(range(len(sides)), [row["provider"] for row in sides])
+        axis.invert_yaxis()
+        axis.set(xlabel=label, xlim=(0, 1.15 * max(row[value] for row in sides)))
+        axis.set_title(title, fontsize=9)
+    return _save(figure, path)
 
 
 def _figure(width: float, heights: list[float]) -> tuple[Any, list[Any]]:
