@@ -178,7 +178,7 @@ def test_no_worker_outlives_an_experiment(how, tmp_path):
         other.stdout.readline()
         other.send_signal(how)
         # Ends when the last process that holds it has.
-        assert other.communicate(timeout=60)[0] == b""
+        assert other.communicate(timeout=300)[0] == b""
         assert other.returncode != 0
     finally:
         other.kill()
