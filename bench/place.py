@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from medvl_sam2.engine.precision import choose_device
+from medvl_sam2.engine.precision import choose_device, cuda_dtype
 
 T = TypeVar("T")
 
@@ -45,9 +45,7 @@ class Place:
             device = torch.device("cuda", torch.cuda.current_device())
         # Kernels, streams and counters go to the current device.
         torch.cuda.set_device(device)
-        # As the engine's own "auto" has it; older GPUs emulate bfloat16.
-        modern = torch.cuda.get_device_capability(device) >= (8, 0)
-        return cls(device, torch.bfloat16 if modern else torch.float32)
+        return cls(device, cuda_dtype(device))
 
     @property
     def dtype_name(self) -> str:

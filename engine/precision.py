@@ -51,6 +51,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def cuda_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 from capability 8.0; older GPUs emulate it, and take float32."""
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+
+
 def choose_precision(name: str, device: torch.device, config: MedVLConfig) -> Precision:
     """Dtypes of a name; "auto" decides by the device.
 
@@ -73,8 +78,7 @@ def choose_precision(name: str, device: torch.device, config: MedVLConfig) -> Pr
     if name != "auto":
         raise ValueError(f"dtype: expected auto or one of {', '.join(_NAMES)}, got {name!r}")
     if device.type == "cuda":
-        modern = torch.cuda.get_device_capability(device) >= (8, 0)
-        return Precision(*[torch.bfloat16 if modern else torch.float32] * 3)
+        return Precision(*[cuda_dtype(device)] * 3)
     vision, language, side = config.vision.hidden_size, config.language.hidden_size, config.sam2.image_size
 
     def chosen(size: int, *gains: Callable[[], float]) -> torch.dtype:

@@ -13,7 +13,7 @@ from medvl_sam2.engine.volume_track import Directions, VolumeTrack
 from medvl_sam2.model.sam2 import Prompts, SliceFeatures
 
 
-def propagate(
+def follow(
     runner: SliceRunner,
     features: Features,
     prompts: Mapping[int, Prompts | None] | None = None,
@@ -22,8 +22,8 @@ def propagate(
     directions: Directions = "both",
     seg_embeddings: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Segment B objects through a volume; the counterpart of `model.sam2.propagate`.
+) -> VolumeTrack:
+    """Segment B objects through a volume; their track, from which corrections go on.
 
     Args:
         runner: The model.
@@ -34,8 +34,8 @@ def propagate(
         seg_embeddings: (B, E, d) tokens given on every slice, such as the [SEG] vector.
         **options: Of `VolumeTrack`.
 
-    Returns:
-        Logits (S, B, m, m) and object scores (S, B); slices not reached hold NO_OBJECT.
+    Raises:
+        ValueError: Neither prompts nor embeddings.
     """
     if not prompts and seg_embeddings is None:
         raise ValueError("propagate: expected prompts or seg_embeddings, got neither; say what to segment")
@@ -43,6 +43,16 @@ def propagate(
     for index, asked in (prompts or {start: None}).items():
         track.prompt(index, asked)
     track.run(start, directions)
+    return track
+
+
+def propagate(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """As `follow`; the counterpart of `model.sam2.propagate`.
+
+    Returns:
+        Logits (S, B, m, m) and object scores (S, B); slices not reached hold NO_OBJECT.
+    """
+    track = follow(*args, **options)
     return track.logits, track.scores
 
 
@@ -66,17 +76,15 @@ def follow_each(
         features: All S slices.
         prompts: Of the B objects, on their starts.
         starts: Slice of each object where its chains begin.
-        seg_embeddings: As in `propagate`.
+        seg_embeddings: As in `follow`.
         **options: Of `VolumeTrack`.
 
     Returns:
         A track for each object, in order; a single one of all objects where they share one start.
     """
     if len(set(starts)) == 1:
-        track = VolumeTrack(runner, features, seg_embeddings=seg_embeddings, **options)
-        track.prompt(starts[0], prompts)
-        track.run(starts[0])
-        return [track]
+        asked = {starts[0]: prompts}
+        return [follow(runner, features, asked, start=starts[0], seg_embeddings=seg_embeddings, **options)]
     gate = options.get("gate_by_object_score")
     out = runner.sam2.step(
         SliceFeatures.cat([features[start] for start in starts]),

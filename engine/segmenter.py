@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medvl_sam2.engine.chunks import Chunks, free_cached, out_of_memory
-from medvl_sam2.engine.propagation import follow_each
+from medvl_sam2.engine.propagation import follow, follow_each
 from medvl_sam2.engine.runner import SliceRunner
 from medvl_sam2.engine.slice_features import Images, Place, SliceEncoder, choose_place
 from medvl_sam2.engine.track_state import Features, KeptFeatures, Mode
@@ -107,17 +107,6 @@ class Segmenter:
             return self._encoder.encode_to_host(images, slices, cancel)
         return self._encoder.encode(images, 0, slices, cancel)
 
-    def track(self, features: Features, embeddings: Tensor | None = None, cancel: Event | None = None) -> VolumeTrack:
-        """Objects that are prompted, followed and corrected slice by slice.
-
-        Args:
-            features: S slices; `LazyFeatures` where all of them would not fit.
-            embeddings: (B, E, d) prompt tokens of the text, given on every slice if the configuration says so.
-            cancel: As in `VolumeTrack`.
-        """
-        every = embeddings if self.config.every_slice else None
-        return VolumeTrack(self.runner, features, mode=self.mode, seg_embeddings=every, cancel=cancel)
-
     @torch.inference_mode()
     def by_text(self, features: Features, embeddings: Tensor, cancel: Event | None = None) -> list[ObjectSlices]:
         """Objects known by their [SEG] vectors alone, as one batch; as smaller ones where memory does not suffice.
@@ -200,15 +189,10 @@ class Segmenter:
             start = int(scores[:, 0].argmax())
             given.setdefault(start, Prompts(embeddings=embeddings))
         if self.config.use_memory or embeddings is None:
-
-            def follow() -> VolumeTrack:
-                track = self.track(features, embeddings, cancel)
-                for index, prompt in given.items():
-                    track.prompt(index, prompt)
-                track.run(start)
-                return track
-
-            return self._followed(Followed(self._retried(follow), embeddings), prompts, extent)
+            every = embeddings if self.config.every_slice else None
+            options = {"start": start, "seg_embeddings": every, "mode": self.mode, "cancel": cancel}
+            track = self._retried(lambda: follow(self.runner, features, given, **options))
+            return self._followed(Followed(track, embeddings), prompts, extent)
         logits, scores = self._alone(features, Prompts(embeddings=embeddings), cancel)
         for index, prompt in given.items():
             logits[index : index + 1], scores[index : index + 1] = self._alone(features[index], prompt, cancel)
